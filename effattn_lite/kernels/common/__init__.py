@@ -1,0 +1,1 @@
+"""Blocks that several kernels share, each tested alone."""

@@ -1,0 +1,1 @@
+"""Layers: the mixers as torch modules, projections and gates as their authors define them."""

@@ -1,0 +1,1 @@
+"""Public ops, one function a method; importing this loads torch, never triton."""

@@ -1,0 +1,1 @@
+"""Engines in eager torch, each with the choice between itself and its Triton kernels."""

@@ -1,0 +1,123 @@
+"""Inputs, error budgets and small measures shared by tests, bench and notebooks.
+
+Every test and every notebook draws its tensors here, from the axes of the registry's row, so that a
+new method is tested without a new generator. NumPy alone at import; torch is imported where asked for.
+"""
+
+import numpy as np
+
+from effattn_lite.registry import find
+
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""Unit roundoff of each dtype: distance from 1 to the next number."""
+
+HARD = ("weak", "strong", "zero", "repeated")
+
+
+def sizes_of(*, B=2, T=48, H=2, HV=None, HKV=None, K=16, V=24):
+    """Sizes of all axes; HV and HKV follow H unless given."""
+    return dict(B=B, T=T, H=H, HV=HV or H, HKV=HKV or H, K=K, V=V)
+
+
+def make_inputs(name, *, seed=0, hard=None, state=False, dtype="float64", **sizes):
+    """Random tensors for a method, as NumPy arrays, in the order of its registry row.
+
+    Args:
+        name: a method of the registry.
+        seed: of `numpy.random.default_rng`.
+        hard: None, or a stress: "weak" decay (nothing is forgotten), "strong" (g = -20 a token),
+            "zero" (all keys 0), "repeated" (the same key at every token).
+        state: add "initial_state", drawn normal.
+        dtype: values are rounded to it ("bfloat16" too), then returned as float64 or, for float32
+            and float16, as that dtype; a kernel and its float64 reference so see the same numbers.
+        **sizes: any of B, T, H, HV, HKV, K, V.
+
+    Raises:
+        ValueError: unknown method or stress.
+    """
+    row, sizes = find(name), sizes_of(**sizes)
+    if hard not in (None, *HARD):
+        raise ValueError(f"hard is {hard!r}, expected one of {(None, *HARD)}")
+    rng = np.random.default_rng(seed)
+    axes = dict(row.inputs)
+    if state and row.state:
+        axes["initial_state"] = row.state
+    return {t: round_to(_draw(rng, t, [sizes[a] for a in ax.split()], hard), dtype) for t, ax in axes.items()}
+
+
+def _draw(rng, tensor, shape, hard):
+    if tensor == "g":
+        return _log_decay(rng, shape, hard)
+    if tensor == "beta":
+        return 1 / (1 + np.exp(-rng.normal(size=shape)))
+    x = rng.normal(size=shape)
+    if tensor == "k" and hard == "zero":
+        return np.zeros(shape)
+    if tensor == "k" and hard == "repeated":
+        return np.broadcast_to(x[:, :1], shape).copy()
+    return x
+
+
+def _log_decay(rng, shape, hard):
+    if hard == "weak":
+        return np.full(shape, -1e-6)
+    if hard == "strong":
+        return np.full(shape, -20.0)
+    # log-uniform: half-lives from one token to a few hundred, as trained models have them
+    return -np.exp(rng.uniform(np.log(2e-3), np.log(0.7), size=shape))
+
+
+def round_to(x, dtype):
+    """Round float64 values to a dtype's grid; bfloat16 comes back as float32, which holds it exactly."""
+    if dtype == "bfloat16":
+        bits = np.asarray(x, np.float32).view(np.uint32)
+        # round to nearest, ties to even, on the upper 16 bits
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+        return bits.view(np.float32)
+    return np.asarray(x, dtype)
+
+
+def to_torch(inputs, *, dtype="float64", device="cpu", requires_grad=False):
+    """The same inputs as torch tensors; states and log decays stay float32 or wider."""
+    import torch
+
+    wide = torch.float64 if dtype == "float64" else torch.float32
+
+    def convert(name, x):
+        kind = wide if name in ("g", "u", "initial_state") else getattr(torch, dtype)
+        return torch.tensor(np.asarray(x), dtype=kind, device=device).requires_grad_(requires_grad)
+
+    return {name: convert(name, x) for name, x in inputs.items()}
+
+
+def max_error(a, b):
+    """Largest absolute difference of two arrays or tensors, in float64; NaN counts as infinite."""
+    a, b = to_numpy(a), to_numpy(b)
+    if a.shape != b.shape:
+        raise ValueError(f"shapes differ: {a.shape} and {b.shape}")
+    if a.size == 0:
+        return 0.0
+    both = np.isinf(a) & (a == b)  # -inf in an lse is a right answer
+    diff = np.abs(np.where(both, 0, a) - np.where(both, 0, b))
+    return float(np.where(np.isnan(diff), np.inf, diff).max())
+
+
+def to_numpy(x):
+    """Any array or tensor as a float64 NumPy array."""
+    if hasattr(x, "detach"):
+        x = x.detach().to("cpu").double().numpy()
+    return np.asarray(x, np.float64)
+
+
+def budget(reference, plain, dtype, *, factor=2.0):
+    """Largest error a kernel may have: `factor * (err(plain) + eps * max|reference|)`.
+
+    Args:
+        reference: the answer in float64.
+        plain: the same computed by plain torch in the kernel's dtype.
+        dtype: the kernel's input dtype.
+        factor: 2 for outputs, 3 for gradients (flash-attention's and attention-gym's rule).
+    """
+    ref = to_numpy(reference)
+    top = np.abs(ref[np.isfinite(ref)]).max(initial=0.0)
+    return factor * (max_error(reference, plain) + EPS[dtype] * float(top))
