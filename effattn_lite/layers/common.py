@@ -1,0 +1,84 @@
+"""What the layers share: their interface, rotary positions and the norms after a read-out."""
+
+import torch
+from torch import nn
+
+Cache = dict[str, torch.Tensor]
+"""What decoding carries from one token to the next; its memory is the sum of `nbytes`."""
+
+
+class Mixer(nn.Module):
+    """A causal sequence mixer, [B, T, D] -> [B, T, D], that can go on from a cache.
+
+    Three calls compute the same function: `forward` over a whole sequence, `prefill` over any part of it,
+    `step` over one token. A subclass gives `prefill` and `step`.
+    """
+
+    def forward(self, x: torch.Tensor, *, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
+        """Mix a whole sequence, or packed sequences; x is [B, T, D], so is the result."""
+        return self.prefill(x, cu_seqlens=cu_seqlens)[0]
+
+    def prefill(
+        self, x: torch.Tensor, cache: Cache | None = None, *, cu_seqlens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Cache]:
+        """Mix the next T tokens, x [B, T, D], after those in the cache; returns y and the cache after them.
+
+        `cu_seqlens` packs sequences into one batch row; it excludes a cache on the way in.
+        """
+        raise NotImplementedError
+
+    def step(self, x: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, Cache]:
+        """Mix one token a row, x [B, D]; returns y [B, D] and the cache after it."""
+        raise NotImplementedError
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[..., heads * K] -> [..., heads, K]."""
+    return x.unflatten(-1, (heads, -1))
+
+
+def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float = 10_000.0) -> torch.Tensor:
+    """Rotary positions: turn each pair of channels by an angle that grows with the position.
+
+    .. math:: (x_i, x_{i+K/2}) \\mapsto (x_i \\cos\\omega_i p - x_{i+K/2} \\sin\\omega_i p,\\;
+        x_{i+K/2} \\cos\\omega_i p + x_i \\sin\\omega_i p), \\qquad \\omega_i = \\theta^{-2i/K}
+
+    Args:
+        x: [B, T, H, K], K even.
+        positions: [T] or [B, T], any integers or reals.
+        theta: base of the wavelengths.
+
+    Source: Su et al. 2021, arXiv:2104.09864; pairs are (i, i + K/2), as GPT-NeoX and Llama lay them out.
+    """
+    half = x.shape[-1] // 2
+    wide = torch.promote_types(x.dtype, torch.float32)
+    omega = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+    angle = positions.to(wide)[..., None, None] * omega  # [..., T, 1, K/2]
+    a, b = x.to(wide).chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """Normalise each head's read-out by itself, [..., H, V]: layer norm, or RMS norm without a mean.
+
+    It stands where softmax attention divides by the sum of its weights.
+    """
+
+    def __init__(self, heads: int, head_dim: int, *, center: bool = False, affine: bool = True, eps: float = 1e-5):
+        super().__init__()
+        self.center, self.eps = center, eps
+        self.weight = nn.Parameter(torch.ones(heads, head_dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(heads, head_dim)) if affine and center else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise over the last axis; x is [..., H, V]."""
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.center:
+            y = y - y.mean(-1, keepdim=True)
+        y = y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        if self.weight is not None:
+            y = y * self.weight
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype)
