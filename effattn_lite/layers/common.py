@@ -65,7 +65,9 @@ class HeadNorm(nn.Module):
     It stands where softmax attention divides by the sum of its weights.
     """
 
-    def __init__(self, heads: int, head_dim: int, *, center: bool = False, affine: bool = True, eps: float = 1e-5):
+    def __init__(
+        self, heads: int, head_dim: int, *, center: bool = False, affine: bool = True, eps: float = 1e-5
+    ):
         super().__init__()
         self.center, self.eps = center, eps
         self.weight = nn.Parameter(torch.ones(heads, head_dim)) if affine else None

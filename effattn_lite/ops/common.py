@@ -44,7 +44,9 @@ def choose_impl(impl: str, q: torch.Tensor, *, refusal: str | None = None) -> st
     if q.dtype not in DTYPES:
         raise TypeError(f"impl='triton' takes float32, bfloat16 or float16, got {q.dtype}")
     if not q.is_cuda and not interpreting():
-        raise ValueError(f"impl is 'triton', but q is on {q.device}: move it to a GPU, or set TRITON_INTERPRET=1")
+        raise ValueError(
+            f"impl is 'triton', but q is on {q.device}: move it to a GPU, or set TRITON_INTERPRET=1"
+        )
     if refusal is not None:
         raise NotImplementedError(f"impl='triton' needs {refusal}; use impl='torch'")
     return "triton"
