@@ -4,9 +4,28 @@ Every test and every notebook draws its tensors here, from the axes of the regis
 new method is tested without a new generator. NumPy alone at import; torch is imported where asked for.
 """
 
+import importlib
+
 import numpy as np
 
+from effattn_lite.counting import count_flops
 from effattn_lite.registry import find
+
+__all__ = [
+    "EPS",
+    "HARD",
+    "budget",
+    "count_flops",
+    "make_inputs",
+    "max_error",
+    "relative_error",
+    "round_to",
+    "run_op",
+    "run_reference",
+    "sizes_of",
+    "to_numpy",
+    "to_torch",
+]
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Unit roundoff of each dtype: distance from 1 to the next number."""
@@ -91,7 +110,9 @@ def to_torch(inputs, *, dtype="float64", device="cpu", requires_grad=False):
 
 
 def max_error(a, b):
-    """Largest absolute difference of two arrays or tensors, in float64; NaN counts as infinite."""
+    """Largest absolute difference of two arrays, tensors or tuples of them; NaN counts as infinite."""
+    if isinstance(a, tuple):
+        return max(max_error(x, y) for x, y in zip(a, b, strict=True))
     a, b = to_numpy(a), to_numpy(b)
     if a.shape != b.shape:
         raise ValueError(f"shapes differ: {a.shape} and {b.shape}")
@@ -121,3 +142,30 @@ def budget(reference, plain, dtype, *, factor=2.0):
     ref = to_numpy(reference)
     top = np.abs(ref[np.isfinite(ref)]).max(initial=0.0)
     return factor * (max_error(reference, plain) + EPS[dtype] * float(top))
+
+
+def relative_error(a, b):
+    """`max_error` over the largest finite value of b; where b is all zero, `max_error` itself."""
+    parts = [to_numpy(x) for x in (b if isinstance(b, tuple) else (b,))]
+    top = max(np.abs(x[np.isfinite(x)]).max(initial=0.0) for x in parts)
+    return max_error(a, b) / (float(top) or 1.0)
+
+
+def run_reference(name, inputs, *, form=None, **options):
+    """One form of a method's reference on float64 inputs; the row's first form unless given.
+
+    Returns:
+        (o, state) for a method with a state, (o, lse) for softmax and sparse ones.
+    """
+    row = find(name)
+    module = importlib.import_module(f"effattn_lite.reference.{row.name}")
+    wide = {tensor: np.asarray(x, np.float64) for tensor, x in inputs.items()}
+    return getattr(module, form or row.forms[0])(**wide, **options)
+
+
+def run_op(name, inputs, **options):
+    """A method's op on torch tensors, asked for all it can return: (o, state) or (o, lse)."""
+    row = find(name)
+    op = getattr(importlib.import_module(f"effattn_lite.ops.{row.name}"), row.name)
+    everything = "output_final_state" if row.stateful else "return_lse"
+    return op(**inputs, **options, **{everything: True})
