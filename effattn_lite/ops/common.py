@@ -7,6 +7,8 @@ import torch
 
 IMPLS = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# found out once: torch.compile cannot trace the search
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -16,7 +18,7 @@ def interpreting() -> bool:
 
 def has_triton() -> bool:
     """Whether triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 def choose_impl(impl: str, q: torch.Tensor, *, refusal: str | None = None) -> str:
@@ -111,5 +113,5 @@ def register(name: str, schema: str, run, fake) -> None:
     """
     qualified = f"effattn_lite::{name}"
     torch.library.define(qualified, schema)
-    torch.library.impl(qualified, ("cuda", "cpu"))(run)
+    torch.library.impl(qualified, "default")(run)
     torch.library.register_fake(qualified)(fake)
