@@ -130,17 +130,18 @@ def to_numpy(x):
     return np.asarray(x, np.float64)
 
 
-def budget(reference, plain, dtype, *, factor=2.0):
-    """Largest error a kernel may have: `factor * (err(plain) + eps * max|reference|)`.
+def budget(reference, plain, dtype, *, factor=2.0, magnitude=0.0):
+    """Largest error a kernel may have: `factor * (err(plain) + eps * max(max|reference|, magnitude))`.
 
     Args:
         reference: the answer in float64.
         plain: the same computed by plain torch in the kernel's dtype.
         dtype: the kernel's input dtype.
         factor: 2 for outputs, 3 for gradients (flash-attention's and attention-gym's rule).
+        magnitude: size of numbers that cancel on the way to the answer, where it is larger than the answer.
     """
     ref = to_numpy(reference)
-    top = np.abs(ref[np.isfinite(ref)]).max(initial=0.0)
+    top = max(np.abs(ref[np.isfinite(ref)]).max(initial=0.0), magnitude)
     return factor * (max_error(reference, plain) + EPS[dtype] * float(top))
 
 
