@@ -1,0 +1,26 @@
+"""Interactive figures: one ES module each, live in Jupyter and Colab, standing alone in the built page.
+
+`from effattn_lite.explore import MethodMap` loads one figure; NumPy alone is imported.
+"""
+
+from importlib import import_module
+
+MODULES = {
+    "AttentionSinks": "attention_sinks",
+    "DecayClocks": "decay_clocks",
+    "MethodMap": "method_map",
+    "OnlineSoftmax": "online_softmax",
+}
+"""Class of a figure -> the module of this folder that has it."""
+
+__all__ = sorted(MODULES)
+
+
+def __getattr__(name):
+    if name not in MODULES:
+        raise AttributeError(f"no figure is called {name!r}; there are: {', '.join(__all__)}")
+    return getattr(import_module(f"effattn_lite.explore.{MODULES[name]}"), name)
+
+
+def __dir__():
+    return __all__
