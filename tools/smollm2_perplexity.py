@@ -80,10 +80,10 @@ def mass_rows(model, ids):
 
 
 def record(rows, args, device):
-    """The run with what it was made on and by; file names without folders."""
+    """The run with what it was made on and by; absolute paths lose their folders."""
     cuda = device == "cuda"
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    words = [Path(a).name if a.endswith((".gguf", ".md", ".txt")) else a for a in sys.argv[1:]]
+    words = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
     return {
         "name": "attention_sinks",
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
