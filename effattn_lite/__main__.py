@@ -139,15 +139,19 @@ def bench(known):
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(suite.BYTES)}")
     ceiling = roofline.ceilings(device=device, dtype=dtype)
     print("ceilings: " + ", ".join(f"{what} {value:.3g}" for what, value in ceiling.items()))
-    rows = suite.rows_of(
-        name, device=device, dtype=dtype, ceiling=ceiling, lengths=known.length, report=_print_row
-    )
+    asked = "".join(f" --length {n}" for n in known.length or ()) + (f" --dtype {dtype}" if known.dtype else "")
+    command = f"python -m effattn_lite bench {name}{asked} --record"
+    rows = []
+
+    def keep(row):
+        _print_row(row)
+        rows.append(row)
+        if known.record:  # after every row: a run that is cut short keeps what it has
+            record.write(record.make(name, rows, device=device, ceilings=ceiling, command=command))
+
+    suite.rows_of(name, device=device, dtype=dtype, ceiling=ceiling, lengths=known.length, report=keep)
     if not rows:
         raise ValueError(f"{name}: no implementation ran")
-    if known.record:
-        command = f"python -m effattn_lite bench {name} --record"
-        made = record.make(name, rows, device=device, ceilings=ceiling, command=command)
-        print(f"wrote {record.write(made)}")
 
 
 def _print_row(row):

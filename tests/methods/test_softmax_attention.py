@@ -205,8 +205,9 @@ def test_memory_does_not_grow_with_the_square():
 )
 def test_errors(error, match, change, device):
     x = {n: torch.zeros(change.get(n, (1, 6, 2, 4)), device=device) for n in "qkv"}
+    more = {n: c.to(device) if torch.is_tensor(c) else c for n, c in change.items() if n not in x}
     with pytest.raises(error, match=match):
-        softmax_attention(**x, **{n: c for n, c in change.items() if n not in x})
+        softmax_attention(**x, **more)
 
 
 @pytest.mark.parametrize("impl", ("torch", "triton"))
