@@ -37,6 +37,7 @@ def _parser():
     command.add_argument("--record", action="store_true", help="write book/_results/NAME.json")
     command.add_argument("--length", type=int, action="append", help="a value of T; may be given again")
     command.add_argument("--dtype", default=None, help="float32, float16 or bfloat16")
+    command.add_argument("--alone", action="store_true", help="without peers and plain torch: a minute less")
     return parser
 
 
@@ -139,7 +140,9 @@ def bench(known):
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(suite.BYTES)}")
     ceiling = roofline.ceilings(device=device, dtype=dtype)
     print("ceilings: " + ", ".join(f"{what} {value:.3g}" for what, value in ceiling.items()))
-    asked = "".join(f" --length {n}" for n in known.length or ()) + (f" --dtype {dtype}" if known.dtype else "")
+    asked = "".join(f" --length {n}" for n in known.length or ()) + (
+        f" --dtype {dtype}" if known.dtype else ""
+    )
     command = f"python -m effattn_lite bench {name}{asked} --record"
     rows = []
 
@@ -149,7 +152,10 @@ def bench(known):
         if known.record:  # after every row: a run that is cut short keeps what it has
             record.write(record.make(name, rows, device=device, ceilings=ceiling, command=command))
 
-    suite.rows_of(name, device=device, dtype=dtype, ceiling=ceiling, lengths=known.length, report=keep)
+    suite.rows_of(
+        name, device=device, dtype=dtype, ceiling=ceiling, lengths=known.length, peers=not known.alone,
+        report=keep,
+    )  # fmt: skip
     if not rows:
         raise ValueError(f"{name}: no implementation ran")
 

@@ -27,6 +27,7 @@ from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 
 CACHE = ROOT / "_build" / ".jupyter_cache"
+DOCTREES = ROOT / "_build" / ".doctrees"
 TIMES = BOOK / "_results" / "notebook_times.json"
 STAMPS = ROOT / "_build" / "executed"
 READ_BY_NOTEBOOKS = ("effattn_lite/**/*.py", "effattn_lite/**/*.js", "effattn_lite/**/*.npz",
@@ -84,6 +85,8 @@ def hand_over(chapter: Path, cells: list) -> float:
     seconds = sum(_seconds(cell.metadata.get("execution", {})) for cell in cells)
     bundle = CacheBundleIn(source, str(chapter), data={"execution_seconds": seconds})
     get_cache(CACHE).cache_notebook_bundle(bundle, overwrite=True)
+    # the build reads a page again when its doctree is gone; an unchanged .md would keep the old outputs
+    (DOCTREES / chapter.relative_to(ROOT).with_suffix(".doctree")).unlink(missing_ok=True)
     return seconds
 
 

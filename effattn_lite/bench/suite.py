@@ -56,7 +56,7 @@ def forward_of(name, inputs, options, *, impl):
     return lambda: first(op(**inputs, **options, impl=impl))
 
 
-def rows_of(name, *, device, dtype, ceiling, lengths=None, report=print):
+def rows_of(name, *, device, dtype, ceiling, lengths=None, peers=True, report=print):
     """All rows of a method: its op, plain torch, the peers, decoding, and the first call in a fresh process.
 
     Args:
@@ -64,6 +64,7 @@ def rows_of(name, *, device, dtype, ceiling, lengths=None, report=print):
         device, dtype: "cuda" or "cpu"; "bfloat16" on the GPU, as a rule.
         ceiling: as `roofline.ceilings` returns it.
         lengths: values of T, instead of those of `shapes`.
+        peers: time plain torch and other packages' ops too.
         report: called with every row as it comes.
     """
     rows = []
@@ -75,7 +76,7 @@ def rows_of(name, *, device, dtype, ceiling, lengths=None, report=print):
 
     for options in OPTIONS.get(name, find(name).options[:1]):
         for sizes in shapes(device, lengths):
-            for row in _forward_rows(name, sizes, dict(options), device, dtype, ceiling):
+            for row in _forward_rows(name, sizes, dict(options), device, dtype, ceiling, peers):
                 add([row])
         add(decode_rows(name, sizes | {"B": 64}, options, dtype=dtype, device=device, ceiling=ceiling))
     if device != "cpu" and find(name).differentiable:
@@ -93,14 +94,14 @@ def _row(name, impl, options, sizes, dtype, which, ms, floor=None, peak=None):
     }  # fmt: skip
 
 
-def _forward_rows(name, sizes, options, device, dtype, ceiling):
+def _forward_rows(name, sizes, options, device, dtype, ceiling, peers):
     """Forward and forward + backward of all implementations at one shape."""
     gpu = device != "cpu"
     inputs = tensors_of(name, sizes, dtype=dtype, device=device, requires_grad=find(name).differentiable)
     calls = {"triton": forward_of(name, inputs, options, impl="triton")} if gpu else {}
-    if not gpu or sizes["T"] <= EAGER:
+    if not gpu or (peers and sizes["T"] <= EAGER):
         calls["torch"] = forward_of(name, inputs, options, impl="torch")
-    if not gpu or sizes["T"] in PEERED or name not in DECAY:
+    if peers and (sizes["T"] in PEERED or name not in DECAY):
         calls |= peers_of(name, inputs, options)
     passes = ("forward", "forward+backward")[: 2 if find(name).differentiable else 1]
     for impl, forward in calls.items():

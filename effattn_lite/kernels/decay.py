@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from effattn_lite.kernels.common.launch import padded
 from effattn_lite.kernels.common.output import intra_columns, intra_rows
 from effattn_lite.kernels.common.scan import dot_wide, find_segment
 from effattn_lite.kernels.common.state import load_state
@@ -179,7 +180,7 @@ def decay_read_kernel(
 
 def tiles(axis, dtype, *, channel, capability, chunk_size=None):
     """(C, BK, BV, options) of the read for a summed axis of that size; C is at most `chunk_size`."""
-    BK = max(16, triton.next_power_of_2(axis))
+    BK = padded(axis)
     kind = "float32" if capability < 80 else str(dtype).removeprefix("torch.")
     C, BV, warps, stages = TABLE[kind, channel][max(64, BK)]
     if channel and capability // 10 not in (9, 10):
@@ -191,7 +192,7 @@ def tiles(axis, dtype, *, channel, capability, chunk_size=None):
 def square(K, V, dtype, *, channel, capability):
     """(C, BK, BV, options) of the kernels whose tiles need no whole axis."""
     wide = dtype != torch.bfloat16 or capability < 80
-    BK, BV = (max(16, triton.next_power_of_2(n)) for n in (K, V))
+    BK, BV = padded(K), padded(V)
     BK, BV = min(BK, 32 if wide else 64), min(BV, 32 if wide or channel else 64)
     warps, stages = (4, 1) if wide else (8 if channel else 4, 2)
     return 16 if channel else 32, BK, BV, {"num_warps": warps, "num_stages": stages}

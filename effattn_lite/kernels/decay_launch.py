@@ -1,10 +1,8 @@
 """Launches of the fixed-decay engine: segments from the size of the chip, roles of the backward."""
 
-from contextlib import nullcontext
-
 import torch
-import triton
 
+from effattn_lite.kernels.common.launch import capability, cdiv, on_device, padded, power_of_2, processors
 from effattn_lite.kernels.decay import decay_read_kernel, decay_write_kernel, square, tiles
 from effattn_lite.kernels.decay_constants import decay_constants_kernel
 from effattn_lite.kernels.decay_step import decay_step_kernel
@@ -27,22 +25,21 @@ class Launcher:
         self.cu_seqlens = cu_seqlens.contiguous() if cu_seqlens is not None else None
         self.channel, self.bonus, self.packed = g.ndim == 2, u is not None, cu_seqlens is not None
         self.N = cu_seqlens.numel() - 1 if self.packed else self.B
-        chip = torch.cuda.get_device_properties(self.device) if q.is_cuda else None
-        self.capability = chip.major * 10 + chip.minor if chip else 80
-        self.cut(4 * chip.multi_processor_count if chip else 8)
+        self.capability = capability(q) or 80
+        self.cut(4 * processors(q))
 
     def cut(self, programs):
         """Choose L, so that the grid has about that many programs, and no sequence more than 64 segments."""
-        columns = triton.cdiv(max(self.K, self.V), 64) * self.H
-        tokens = max(triton.cdiv(self.B * self.T * columns, programs), triton.cdiv(self.T, 64))
-        self.L = ROUND * triton.cdiv(tokens, ROUND)
+        columns = cdiv(max(self.K, self.V), 64) * self.H
+        tokens = max(cdiv(self.B * self.T * columns, programs), cdiv(self.T, 64))
+        self.L = ROUND * cdiv(tokens, ROUND)
         self.segmented = self.T > self.L
         # packed, a sequence may end anywhere: every one may have a segment that is not full
-        self.segments = self.T // self.L + self.N if self.packed else self.B * triton.cdiv(self.T, self.L)
+        self.segments = self.T // self.L + self.N if self.packed else self.B * cdiv(self.T, self.L)
 
     def sizes(self):
         """Arguments that all kernels share."""
-        BS = triton.next_power_of_2(self.N) if self.packed else 1
+        BS = power_of_2(self.N) if self.packed else 1
         return dict(T=self.T, L=self.L, N=self.N, H=self.H, BS=BS, PACKED=self.packed)
 
     def state(self):
@@ -57,7 +54,7 @@ class Launcher:
         C, BK, BV, options = square(
             self.K, self.V, self.dtype, channel=self.channel, capability=self.capability
         )
-        grid = self.segments * self.H * triton.cdiv(self.K, BK) * triton.cdiv(self.V, BV)
+        grid = self.segments * self.H * cdiv(self.K, BK) * cdiv(self.V, BV)
         decay_write_kernel[(grid,)](
             k, v, self.g, out, self.cu_seqlens, scale, K=self.K, V=self.V, C=C, BK=BK, BV=BV, **self.sizes(),
             CHANNEL=self.channel, WRITE=int(reverse and not self.bonus), REVERSE=reverse, **options,
@@ -73,8 +70,8 @@ class Launcher:
         C, BK, BV, options = tiles(
             K, self.dtype, channel=self.channel, capability=self.capability, chunk_size=self.chunk_size
         )
-        BV = min(BV, max(16, triton.next_power_of_2(V)))
-        decay_read_kernel[(self.segments * self.H * triton.cdiv(V, BV),)](
+        BV = min(BV, padded(V))
+        decay_read_kernel[(self.segments * self.H * cdiv(V, BV),)](
             q, k, v, self.g, self.u, h0, segments, o, ht, self.cu_seqlens, read_scale, write_scale,
             K=K, V=V, C=C, BK=BK, BV=BV, **self.sizes(), SK=1 if columns else V, SV=K if columns else 1,
             DECAY=1 + columns if self.channel else 0, READ=int(not reverse and not self.bonus),
@@ -88,10 +85,10 @@ class Launcher:
         C, BK, BV, options = square(
             self.K, self.V, self.dtype, channel=self.channel, capability=self.capability
         )
-        NV = triton.cdiv(self.V, BV)
+        NV = cdiv(self.V, BV)
         # packed, the last programs may have no segment: their sums are 0
         dg, du = torch.zeros(2, self.segments, NV, self.H, self.K, device=self.device)
-        decay_constants_kernel[(self.segments * self.H * triton.cdiv(self.K, BK) * NV,)](
+        decay_constants_kernel[(self.segments * self.H * cdiv(self.K, BK) * NV,)](
             self.q, self.k, self.v, do, self.g, self.h0, dht, segments, dsegments, dg, du, self.cu_seqlens,
             scale, K=self.K, V=self.V, C=C, BK=BK, BV=BV, **self.sizes(), CHANNEL=self.channel,
             READ=int(not self.bonus), BONUS=self.bonus, HAS_H0=self.h0 is not None, HAS_DHT=dht is not None,
@@ -99,11 +96,6 @@ class Launcher:
         )  # fmt: skip
         dg, du = dg.sum((0, 1)), du.sum((0, 1))
         return (dg if self.channel else dg.sum(-1)), du
-
-
-def on_device(x):
-    """Makes x's GPU the current one, where a launch goes."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def forward(q, k, v, g, u, initial_state, cu_seqlens, scale, output_final_state, chunk_size):
@@ -141,8 +133,8 @@ def step(q, k, v, g, u, state, out_state, scale):
         N, H, K = q.shape
         V = v.shape[-1]
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
-        BK, BV = max(16, triton.next_power_of_2(K)), 16
-        decay_step_kernel[(N * H * triton.cdiv(V, BV),)](
+        BK, BV = padded(K), 16
+        decay_step_kernel[(N * H * cdiv(V, BV),)](
             q.contiguous(), k.contiguous(), v.contiguous(), g.float().contiguous(),
             u.float().contiguous() if u is not None else None, state, o, out_state, scale,
             H=H, K=K, V=V, BK=BK, BV=BV, CHANNEL=g.ndim == 2, BONUS=u is not None, num_warps=4,

@@ -159,13 +159,14 @@ def forward(q, k, v, sink_logits, cu_seqlens, pattern, *, tuning=None):
     if o.numel():
         BM, BN, warps, stages = tuning or _tuning("fwd", q, v)
         tiles, NT = _tiles(cu_seqlens, T, BM)
-        softmax_attention_fwd_kernel[(NT * B * H,)](
-            q, k, v, o, lse, sink_logits, cu_seqlens, tiles,
-            T, Tk, NT, H, H // HKV, pattern.window, pattern.sinks, max(pattern.scale, 1e-30), pattern.softcap,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            **_constants(K, V, BM, BN, pattern, cu_seqlens), LOGITS=sink_logits is not None,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+        with launch.on_device(q):
+            softmax_attention_fwd_kernel[(NT * B * H,)](
+                q, k, v, o, lse, sink_logits, cu_seqlens, tiles, T, Tk, NT, H, H // HKV,
+                pattern.window, pattern.sinks, max(pattern.scale, 1e-30), pattern.softcap,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                **_constants(K, V, BM, BN, pattern, cu_seqlens), LOGITS=sink_logits is not None,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
     return o, lse.transpose(1, 2)
 
 
@@ -183,10 +184,11 @@ def backward(do, dlse, q, k, v, o, lse, cu_seqlens, pattern, *, tuning=None):
     if dq.numel():
         BM, BN, warps, stages = tuning[0] if tuning else _tuning("dq", q, v)
         tiles, NT = _tiles(cu_seqlens, T, BM)
-        softmax_attention_bwd_dq_kernel[(NT * B * H,)](
-            q, k, v, o, do, lse, dlse, delta, dq, cu_seqlens, tiles, T, Tk, NT, *scalars, *strides,
-            **_constants(K, V, BM, BN, pattern, cu_seqlens), num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+        with launch.on_device(q):
+            softmax_attention_bwd_dq_kernel[(NT * B * H,)](
+                q, k, v, o, do, lse, dlse, delta, dq, cu_seqlens, tiles, T, Tk, NT, *scalars, *strides,
+                **_constants(K, V, BM, BN, pattern, cu_seqlens), num_warps=warps, num_stages=stages,
+            )  # fmt: skip
     if dk.numel():
         BM, BN, warps, stages = tuning[1] if tuning else _tuning("dkdv", q, v)
         tiles, NT = _tiles(cu_seqlens, Tk, BN)
@@ -195,11 +197,12 @@ def backward(do, dlse, q, k, v, o, lse, cu_seqlens, pattern, *, tuning=None):
         parts = (
             [torch.empty((B, NR, NS * BN, HKV, n), device=q.device) for n in (K, V)] if NR > 1 else [None] * 2
         )
-        softmax_attention_bwd_dkdv_kernel[(NT * B * HKV,)](
-            q, k, v, do, lse, delta, dk, dv, *parts, cu_seqlens, tiles,
-            T, Tk, NT, NS, NR, L, *scalars, *strides,
-            **_constants(K, V, BM, BN, pattern, cu_seqlens), SPLIT=NR > 1, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+        with launch.on_device(q):
+            softmax_attention_bwd_dkdv_kernel[(NT * B * HKV,)](
+                q, k, v, do, lse, delta, dk, dv, *parts, cu_seqlens, tiles,
+                T, Tk, NT, NS, NR, L, *scalars, *strides, **_constants(K, V, BM, BN, pattern, cu_seqlens),
+                SPLIT=NR > 1, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
         if NR > 1:
             n = min(NS * BN, Tk)
             dk[:, :n], dv[:, :n] = (part[:, :, :n].sum(1) for part in parts)
@@ -214,7 +217,7 @@ def _tuning(kernel, q, v):
 def _tiles(cu_seqlens, T, block):
     """The table of tiles, if sequences are packed, and the number of tiles of a head."""
     if cu_seqlens is None:
-        return None, triton.cdiv(T, block)
+        return None, launch.cdiv(T, block)
     tiles = launch.tile_table(cu_seqlens, T, block)
     return tiles, tiles.shape[0]
 
@@ -224,8 +227,8 @@ def _ranges(T, Tk, BM, BN, pattern, cu_seqlens):
     if cu_seqlens is not None or not (pattern.window and pattern.sinks):
         return 0, 1, 0
     # as long as a tile of the window takes, so that no program is waited for
-    L = max(MIN_RANGE, triton.cdiv(pattern.window + BN, BM))
-    return triton.cdiv(min(pattern.sinks, Tk), BN), max(1, triton.cdiv(triton.cdiv(T, BM), L)), L
+    L = max(MIN_RANGE, launch.cdiv(pattern.window + BN, BM))
+    return launch.cdiv(min(pattern.sinks, Tk), BN), max(1, launch.cdiv(launch.cdiv(T, BM), L)), L
 
 
 def _constants(K, V, BM, BN, pattern, cu_seqlens):

@@ -1,9 +1,9 @@
 """Before a launch: which GPU it is, how wide a tile must be, which packed sequence a program works on."""
 
 import functools
+from contextlib import nullcontext
 
 import torch
-import triton
 
 INTERPRETER = 0
 """Stands for a capability when tensors lie on the CPU, where Triton's interpreter runs the kernels."""
@@ -20,14 +20,39 @@ def capability(x: torch.Tensor) -> int:
     return _capability(x.device.index) if x.is_cuda else INTERPRETER
 
 
+def on_device(x):
+    """Makes x's GPU the current one, where a launch goes."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def choose(table: dict[int, object], capability: int):
     """The entry of the newest generation in the table that is not newer than the GPU."""
     return table[max(c for c in table if c <= capability)]
 
 
+def processors(x: torch.Tensor) -> int:
+    """Multiprocessors of a tensor's GPU; 2 on the CPU, so that a small grid has several programs there."""
+    return _processors(x.device.index) if x.is_cuda else 2
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up, for a >= 0; `triton.cdiv` costs the host some microseconds a call."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def padded(n: int) -> int:
     """Width of a tile that holds n columns: a power of two, at least 16, as `tl.dot` asks."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, power_of_2(n))
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:
