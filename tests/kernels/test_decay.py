@@ -112,7 +112,7 @@ def test_sizes(name, T, K, V, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_segments(name, dtype, device):
     """One long sequence is cut, so states and gradients cross from segment to segment."""
-    inputs = make_inputs(name, B=1, T=270, H=1, K=16, V=16, state=True, dtype=dtype)
+    inputs = make_inputs(name, B=1, T=270, H=4, K=16, V=16, state=True, dtype=dtype)
     hold(name, inputs, device=device, dtype=dtype)
 
 
@@ -232,7 +232,7 @@ def test_no_launch_of_what_is_not_needed(device, launches):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hard", (None, "strong"))
 def test_every_configuration_of_the_table(name, K, dtype, hard, device):
-    inputs = make_inputs(name, B=1, T=700, H=2, K=K, V=K, state=True, dtype=dtype, hard=hard)
+    inputs = make_inputs(name, B=1, T=700, H=8, K=K, V=K, state=True, dtype=dtype, hard=hard)
     hold(name, inputs, device=device, dtype=dtype)
 
 
