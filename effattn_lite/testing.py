@@ -61,7 +61,10 @@ def make_inputs(name, *, seed=0, hard=None, state=False, dtype="float64", **size
     axes = dict(row.inputs)
     if state and row.state:
         axes["initial_state"] = row.state
-    return {t: round_to(_draw(rng, t, [sizes[a] for a in ax.split()], hard), dtype) for t, ax in axes.items()}
+    drawn = {t: _draw(rng, t, [sizes[a] for a in ax.split()], hard) for t, ax in axes.items()}
+    for t in row.unit:
+        drawn[t] = drawn[t] / np.maximum(np.linalg.norm(drawn[t], axis=-1, keepdims=True), 1e-12)
+    return {t: round_to(x, dtype) for t, x in drawn.items()}
 
 
 def _draw(rng, tensor, shape, hard):

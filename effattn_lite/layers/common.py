@@ -32,6 +32,40 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
 
+class GroupedAttention(Mixer):
+    """A mixer with H query heads and HKV heads of keys and values: project, attend, project back.
+
+    A subclass gives `prefill`; a step is a prefill of one token.
+
+    Args:
+        width: D.
+        heads: H query heads.
+        kv_heads: HKV heads of keys and values, a divisor of H; default H.
+        head_dim: K = V; default D / H.
+
+    Source: Ainslie et al. 2023, arXiv:2305.13245.
+    """
+
+    def __init__(self, width: int, heads: int, *, kv_heads: int | None = None, head_dim: int | None = None):
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        self.head_dim = head_dim or width // heads
+        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, width, bias=False)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [B, T, H, K], keys and values [B, T, HKV, K] of x [B, T, D], not yet rotated."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return split_heads(q, self.heads), split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)
+
+    def step(self, x: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, Cache]:
+        """The next token, x [B, D]: one query on the cache."""
+        y, cache = self.prefill(x[:, None], cache)
+        return y[:, 0], cache
+
+
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[..., heads * K] -> [..., heads, K]."""
     return x.unflatten(-1, (heads, -1))

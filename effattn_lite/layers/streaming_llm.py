@@ -1,14 +1,13 @@
 """StreamingLLM as a layer: sinks and a window, with positions counted inside the cache."""
 
 import torch
-from torch import nn
 
-from effattn_lite.layers.common import Cache, Mixer, rotate, split_heads
+from effattn_lite.layers.common import Cache, GroupedAttention, rotate
 from effattn_lite.ops.engines.softmax_attention import keep
 from effattn_lite.ops.streaming_llm import streaming_llm
 
 
-class StreamingLLM(Mixer):
+class StreamingLLM(GroupedAttention):
     r"""Attention to the first few tokens and the last W, at positions that never pass sinks + W.
 
     A key's position is its place in the cache: the distance to a key in the window is the true one, the
@@ -45,22 +44,14 @@ class StreamingLLM(Mixer):
         rope_theta: float = 10_000.0,
         impl: str = "auto",
     ):
-        super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads or heads
-        self.head_dim = head_dim or width // heads
+        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim)
         self.rope_theta, self.window, self.sinks, self.impl = rope_theta, window, sinks, impl
-        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * self.head_dim, width, bias=False)
 
     def prefill(
         self, x: torch.Tensor, cache: Cache | None = None, *, cu_seqlens: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Cache]:
         """The next T tokens, x [B, T, D]; packed sequences leave no cache."""
-        q = split_heads(self.q_proj(x), self.heads)
-        k = split_heads(self.k_proj(x), self.kv_heads)
-        v = split_heads(self.v_proj(x), self.kv_heads)
+        q, k, v = self.project(x)
         if cache:
             k, v = torch.cat((cache["k"], k), dim=1), torch.cat((cache["v"], v), dim=1)
         # places in the cache: once tokens have left it, window and queries are shifted alike
@@ -95,8 +86,3 @@ class StreamingLLM(Mixer):
         sink = (place < self.sinks)[:, None, None]
         far = rotate(q, ours.clamp(max=last), theta)
         return torch.cat((near, far), dim=-1), torch.cat((rotated * ~sink, rotated * sink), dim=-1)
-
-    def step(self, x: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, Cache]:
-        """The next token, x [B, D]: one query on the cache."""
-        y, cache = self.prefill(x[:, None], cache)
-        return y[:, 0], cache

@@ -40,6 +40,7 @@ class Method:
         cite: keys of book/references.bib, the paper first.
         rooms: what the project promises for it, a subset of ROOMS.
         inputs: tensor name -> axes by `notation.AXES`, separated by blanks; all are passed by keyword.
+        unit: tensors whose last axis has length 1 in real use, as keys of a delta rule; tests draw them so.
         state: axes of the carried state, or None.
         forms: functions of the reference that compute the same output; the first is the plainest.
         options: static keyword arguments the laws run with, one run a mapping.
@@ -59,6 +60,7 @@ class Method:
     cite: tuple[str, ...] = ()
     rooms: tuple[str, ...] = ("reference", "op", "kernel", "layer")
     inputs: Mapping[str, str] = field(default_factory=lambda: EMPTY)
+    unit: tuple[str, ...] = ()
     state: str | None = None
     forms: tuple[str, ...] = ()
     options: tuple[Mapping[str, object], ...] = (EMPTY,)

@@ -10,6 +10,13 @@ SPARSE = (
         survey="3.1",
         chapter="sparse/fixed_patterns",
         cite=("beltagy2020longformer",),
+        inputs={"q": "B T H K", "k": "B T HKV K", "v": "B T HKV V"},
+        forms=("quadratic", "banded"),
+        options=({"window": 5}, {"window": 33}),
+        engine="softmax_attention",
+        layer="SlidingWindow",
+        reduces_to={"softmax_attention": "window >= T"},
+        aliases=("swa", "local_attention"),
     ),
     Method(
         name="sparse_transformer",
