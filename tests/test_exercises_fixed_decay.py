@@ -43,6 +43,18 @@ def late_start(q, k, v, *, g, initial_state, chunk_size):
     return o, S
 
 
+def split(q, k, v, *, g, initial_state, chunk_size):
+    # right in real numbers: e^(g i) and e^(-g j) apart
+    S, o = initial_state, np.zeros_like(v)
+    for start in range(0, len(q), chunk_size):
+        part = slice(start, start + chunk_size)
+        i = np.arange(len(q[part]))[:, None]
+        A = np.tril((np.exp(g * i) * q[part]) @ (np.exp(-g * i) * k[part]).T)
+        o[part] = A @ v[part] + np.exp(g * (i + 1)) * (q[part] @ S)
+        S = np.exp(g * len(i)) * S + k[part].T @ (np.exp(g * (i[-1] - i)) * v[part])
+    return o, S
+
+
 def step(q, k, v, *, g, u, state):
     kv = np.outer(k, v)
     return q @ (state + u[:, None] * kv), np.exp(g)[:, None] * state + kv
@@ -84,6 +96,7 @@ def test_right_answers_pass(number, answer):
         (3, lambda q, k, v, **_: None, "two results"),
         (3, late_start, "later ones read"),
         (3, parallel, "T x T"),
+        (3, split, "overflows"),
         (4, retnet_step, "after the write"),
         (4, no_bonus, "bonus u is missing"),
         (4, value_axis, "key axis"),

@@ -59,6 +59,22 @@ def test_python_watches_a_live_figure(live):
     assert '"gamma":0.25' in figure.html()
 
 
+def test_colab_gets_the_metadata_of_its_widget_manager(live, monkeypatch):
+    figure, kind = Small(age=3), "application/vnd.jupyter.widget-view+json"
+    view = ({kind: {"model_id": "1"}}, {kind: {"colab": {}}})
+    monkeypatch.setattr(type(figure.widget), "_repr_mimebundle_", lambda self: view)
+    bundle, metadata = figure._repr_mimebundle_()
+    assert set(bundle) == {kind, "text/html", "text/plain"} and metadata == view[1]
+
+
+def test_a_widget_without_anywidget_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "anywidget", None)
+    figure = Small(never_used_before=1)
+    assert set(figure._repr_mimebundle_()) == {"text/plain", "text/html"}
+    with pytest.raises(ImportError, match="pip install anywidget"):
+        _ = figure.widget
+
+
 def test_state_is_json_and_cannot_end_its_script():
     figure = Small(a=np.arange(3), b=np.float32(0.5), c=[(1, 2)], d={"x": None}, e="</script><b>")
     assert figure.state == {"a": [0, 1, 2], "b": 0.5, "c": [[1, 2]], "d": {"x": None}, "e": "</script><b>"}

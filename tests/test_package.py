@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from effattn_lite import METHODS, data, notation, plotting
-from effattn_lite.registry import FAMILIES
+from effattn_lite.registry import FAMILIES, names
 
 LIGHT = """
 import sys, time
@@ -55,3 +55,14 @@ def test_results_are_read(monkeypatch, tmp_path):
     (tmp_path / "retnet.json").write_text(json.dumps({"name": "retnet"}))
     monkeypatch.setattr(data, "_results", lambda: tmp_path)
     assert data.names() == ["retnet"] and data.results("retnet") == {"name": "retnet"}
+
+
+def test_every_op_is_exported():
+    """`effattn_lite.ops.<name>` is the function, also after the module of that name was imported."""
+    import importlib
+
+    import effattn_lite.ops
+
+    for name in names("op"):
+        importlib.import_module(f"effattn_lite.ops.{name}")
+        assert callable(getattr(effattn_lite.ops, name)), name

@@ -21,6 +21,7 @@ def peers_of(name, inputs, options):
         return DECAY[name](**inputs) if importlib.util.find_spec("fla") else {}
     if options.get("sink_logits") is not None or name not in (
         "softmax_attention",
+        "sliding_window",
         "streaming_llm",
         "block_streaming",
     ):

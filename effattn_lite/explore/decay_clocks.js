@@ -19,9 +19,11 @@ function bestSignal(age, K, M) {
 }
 
 function percent(x) {
+  if (x > 0.9995 && x < 1) return "> 99.9 %";
+  if (x > 0.9945 && x < 1) return `${(100 * x).toFixed(1)} %`;
   if (x >= 0.0995) return `${(100 * x).toFixed(0)} %`;
   if (x >= 0.00001) return `${formatNumber(100 * x, 2)} %`;
-  return x > 0 ? "under 0.001 %" : "0 %";
+  return x > 0 ? "< 0.001 %" : "0 %";
 }
 
 const tokens = (x) => (x < 9.5 ? formatNumber(x, 2) : formatNumber(Math.round(x), 6));
@@ -59,7 +61,7 @@ export default {
         if (stage.get("age") === last) stage.set({ age: ages[0] });
         play.textContent = "Pause";
         timer = setInterval(() => {
-          const next = ages.indexOf(stage.get("age")) + 1;
+          const next = nearestOf(ages, stage.get("age")) + 1;
           if (next < ages.length) stage.set({ age: ages[next] });
           if (next >= ages.length - 1) stop();
         }, 120);
@@ -122,7 +124,7 @@ export default {
         at: (width) => [frame(width)(stage.get("age")), 26],
         move: (px, py, width) => stage.set({ age: nearest(Math.max(1, frame(width).invert(px))) }),
         nudge: (dx, dy) => {
-          const next = ages.indexOf(stage.get("age")) + (dx || dy);
+          const next = nearestOf(ages, stage.get("age")) + (dx || dy);
           if (next >= 0 && next < ages.length) stage.set({ age: ages[next] });
         },
         text: () => `${stage.get("age")} tokens`,
@@ -133,7 +135,7 @@ export default {
       const { all, best, age } = clocks(), first = all[0], end = all[all.length - 1];
       const keeps = (c, who) => `${who} (half-life ${tokens(c.life)} tokens) keeps ${percent(c.left)} of it`;
       const alike = first.decay === end.decay;
-      const kept = alike ? keeps(first, "every head") : `${keeps(first, "head 0")}, ${keeps(end, `head ${end.h}`)}`;
+      const kept = alike ? keeps(first, all.length > 1 ? "every head" : "the head") : `${keeps(first, "head 0")}, ${keeps(end, `head ${end.h}`)}`;
       return `${formatNumber(age, 6)} ${age === 1 ? "token" : "tokens"} after the fact, ${kept}. ` +
         `${alike ? "Its" : `Clearest is head ${best.h}: its`} signal over noise is ${percent(best.near)} of the best possible at this age.`;
     });

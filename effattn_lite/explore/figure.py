@@ -89,12 +89,14 @@ class Explorable:
         state = json.dumps(self.state, separators=(",", ":")).replace("<", r"\u003c")
         script = f"{_module(self.name)}\ndrawFigure({json.dumps(mark)}, explorable);"
         script = script.replace("</script", r"<\/script")
+        # the words stay where no script runs: on GitHub, in a notebook that is not trusted
         return (
             f'<div class="explorable" id="{mark}" role="group" aria-label="{escape(self.alt)}">\n'
             f"<style>{style_sheet()}</style>\n"
             f'<script type="application/json">{state}</script>\n'
-            f'<div class="explorable-body"><p class="explorable-alt">{escape(self.alt)}</p></div>\n'
-            "<noscript><p>This figure is interactive: it needs JavaScript.</p></noscript>\n"
+            f'<div class="explorable-body"><p class="explorable-alt">{escape(self.alt)}</p>\n'
+            '<p class="explorable-alt">This figure is interactive and needs JavaScript; '
+            "in a notebook, run its cell.</p></div>\n"
             f'<script type="module">\n{script}\n</script>\n</div>'
         )
 
@@ -110,10 +112,13 @@ class Explorable:
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         bundle = {"text/plain": repr(self), "text/html": self.html()}
-        if _live():
-            view = self.widget._repr_mimebundle_()
-            bundle = {**(view[0] if isinstance(view, tuple) else view), **bundle}
-        return bundle
+        if not _live():
+            return bundle
+        view = self.widget._repr_mimebundle_()
+        # Colab finds its widget manager in the metadata
+        view, metadata = view if isinstance(view, tuple) else (view, {})
+        bundle = {**view, **bundle}
+        return (bundle, metadata) if metadata else bundle
 
     def __repr__(self):
         return f"{type(self).__name__}: {self.alt}"
@@ -162,10 +167,15 @@ def _module(name):
 
 @cache
 def _widget_class(figure, keys):
-    import anywidget
-    import traitlets
+    try:
+        import anywidget
+        import traitlets
+    except ImportError as error:
+        raise ImportError(
+            "figure.widget needs anywidget: `pip install anywidget`, reload the notebook's page, run the cell"
+        ) from error
 
-    esm = f"{_module(figure.name)}\nexport default asWidget(explorable);\n"
+    esm = f"{_module(figure.name)}\nexport default asWidget(explorable, {json.dumps(figure.alt)});\n"
     traits = {key: traitlets.Any().tag(sync=True) for key in keys}
     return type(
         f"{figure.__name__}Widget", (anywidget.AnyWidget,), {"_esm": esm, "_css": style_sheet(), **traits}

@@ -51,19 +51,26 @@ export default {
         htmlElement("ul", {}, ...methods.filter((method) => method.family === family).map(({ name }) => htmlElement("li", {}, pills[name]))))), lines);
     stage.append(map);
 
+    // chapters lie beside a page of the book, which Sphinx marks; elsewhere only a whole address leads to one
+    function target({ page }) {
+      if (!page || "content_root" in document.documentElement.dataset) return { href: page };
+      return /^https?:/.test(page) ? { href: page, target: "_blank", rel: "noopener" } : {};
+    }
+
     function pill(method) {
       const show = () => stage.set({ shown: method.name });
-      const link = method.page ? { href: method.page } : { role: "link", "aria-disabled": "true", tabindex: 0 };
+      const to = target(method), link = to.href ? to : { role: "link", "aria-disabled": "true", tabindex: 0 };
       return htmlElement("a", { ...link, pointerenter: show, focus: show, click: show }, short(method),
         htmlElement("span", { class: "rooms", "aria-hidden": "true" }, ...method.rooms.map(([, there]) => htmlElement("i", { class: there ? "there" : "" }))));
     }
 
-    function tell({ title, family, survey, rooms, page, limits }) {
+    function tell(method) {
+      const { title, family, survey, rooms, page, limits } = method;
       const where = survey === "beyond" ? "after the survey" : `survey section ${survey}`;
       const kinds = (wanted) => rooms.filter(([, there]) => there === wanted).map(([room]) => room).join(", ");
       const limit = limits.map(([name, when]) => `it is ${byName[name]?.title ?? name} when ${when}`);
       return [`${title}: ${family}, ${where}`, kinds(true) && `has ${kinds(true)}`, kinds(false) && `not yet: ${kinds(false)}`, ...limit,
-        page ? "open it to read its chapter" : "no chapter yet"].filter(Boolean).join("; ") + ".";
+        target(method).href ? "open it to read its chapter" : page ? "the book has its chapter" : "no chapter yet"].filter(Boolean).join("; ") + ".";
     }
 
     function drawLines() {

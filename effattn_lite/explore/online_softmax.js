@@ -101,7 +101,10 @@ function drawScores(layer, { scores, seen, block, blocks, m }, x, ink) {
   }
   layer.append(svgLine(stair, { stroke: color("second") }));
   const late = x(seen) > x.range[1] - 70;
-  layer.append(svgText(late ? x.range[1] : x(seen) + 5, y(m) - 6, `m = ${formatNumber(m)}`, { anchor: late ? "end" : "start" }));
+  // the words lie on the outlines of scores to come: clear the ground around them
+  layer.append(svgText(late ? x.range[1] : x(seen) + 5, y(m) - 6, `m = ${formatNumber(m)}`, {
+    anchor: late ? "end" : "start", style: `paint-order:stroke;stroke:${color("paper")};stroke-width:5px;stroke-linejoin:round`,
+  }));
 }
 
 function drawSums(layer, { l, o, seen, factor, subtract, blocks }, left, right, largest, format, ink) {
@@ -145,7 +148,7 @@ function sentence({ seen, blocks, scores, block, m, l, o, mean, exact, factor, s
   if (!seen) return `No score taken in yet; ${scores.length} will come in blocks of ${block}. Press Step.`;
   const head = `Block ${blocks}: ${seen} of ${scores.length} scores; m = ${formatNumber(m)}, ℓ = ${formatNumber(l)}, õ = ${formatNumber(o)}. `;
   const moved = subtract
-    ? blocks > 1 ? `The old sums were multiplied by ${formatNumber(factor)}; so far the maximum moved ${records === 1 ? "once" : `${records} times`}. ` : ""
+    ? blocks > 1 ? `The old sums were multiplied by ${formatNumber(factor)}; so far the maximum moved ${["never", "once", "twice"][records] ?? `${records} times`}. ` : ""
     : "Nothing was subtracted. ";
   if (!Number.isFinite(mean)) return `${head}${moved}The mean is ${formatNumber(mean)} in ${format}; exact: ${formatNumber(exact)}.`;
   return `${head}${moved}Mean ${formatNumber(mean, 5)}, exact ${formatNumber(exact, 5)}, error ${Math.abs(mean - exact).toExponential(0)}.`;

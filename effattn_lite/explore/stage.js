@@ -14,6 +14,12 @@ function makeStage(model, el) {
   };
   model.on("change", redraw);
   undo.push(() => model.off("change", redraw));
+  // a notebook takes the arrows and single letters for commands on its cells: keys used here stay here
+  const keep = (event) => {
+    if (!(event.ctrlKey || event.metaKey || event.altKey || event.key === "Escape")) event.stopPropagation();
+  };
+  el.addEventListener("keydown", keep);
+  undo.push(() => el.removeEventListener("keydown", keep));
 
   const stage = {
     get: (key) => model.get(key),
@@ -49,11 +55,17 @@ function slider(stage, key, { label, min = 0, max = 1, step = 0.01, values = nul
   const node = htmlElement("label", { class: "slider" }, htmlElement("span", {}, label), output, input);
   stage.draw(() => {
     const value = stage.get(key), words = format(value);
-    input.value = values ? values.indexOf(value) : value;
+    input.value = values ? nearestOf(values, value) : value;
     input.setAttribute("aria-valuetext", words);
     output.textContent = words;
   });
   return stage.control(node);
+}
+
+// index of the value, or of the number next to it, as Python may set one that is not in the list
+function nearestOf(values, value) {
+  const at = values.indexOf(value);
+  return at >= 0 ? at : values.reduce((best, x, i) => (Math.abs(x - value) < Math.abs(values[best] - value) ? i : best), 0);
 }
 
 // a check box for a true / false key
@@ -200,10 +212,11 @@ function drawFigure(id, figure) {
   }
 }
 
-function asWidget(figure) {
+function asWidget(figure, words) {
   return {
     render(context) {
       context.el.classList.add("explorable");
+      withParts(context.el, { role: "group", "aria-label": words }, []);
       return figure.render(context);
     },
   };

@@ -66,6 +66,50 @@ class GroupedAttention(Mixer):
         return y[:, 0], cache
 
 
+class RotaryAttention(GroupedAttention):
+    """Grouped attention that rotates by the token's place in the text and caches rotated keys.
+
+    A subclass gives `attend(q, k, v, cu_seqlens) -> o`, and `keep(x)`: what of a cache a later token sees.
+
+    Args:
+        width, heads, kv_heads, head_dim: as `GroupedAttention`.
+        rope_theta: base of the rotary wavelengths; None leaves positions out.
+
+    Cache: rotated keys, and values, that `keep` leaves, [B, n, HKV, K], and how many tokens came before.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_theta: float | None = 10_000.0,
+    ):
+        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim)
+        self.rope_theta = rope_theta
+
+    def prefill(
+        self, x: torch.Tensor, cache: Cache | None = None, *, cu_seqlens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Cache]:
+        """The next T tokens, x [B, T, D]; packed sequences leave no cache."""
+        q, k, v = self.project(x)
+        position = torch.arange(x.shape[1], device=x.device)
+        seen = torch.as_tensor(x.shape[1], device=x.device)
+        if cache:
+            position, seen = position + cache["length"], seen + cache["length"]
+        if self.rope_theta is not None:
+            # only differences of positions count, so packed sequences need not begin at 0
+            q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
+        if cache:
+            k, v = torch.cat((cache["k"], k), dim=1), torch.cat((cache["v"], v), dim=1)
+        y = self.o_proj(self.attend(q, k, v, cu_seqlens).flatten(2))
+        if cu_seqlens is not None:
+            return y, {}
+        return y, {"k": self.keep(k), "v": self.keep(v), "length": seen}
+
+
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[..., heads * K] -> [..., heads, K]."""
     return x.unflatten(-1, (heads, -1))

@@ -1,13 +1,11 @@
 """Sliding-window attention as a layer: grouped heads, rotary positions, a rolling cache."""
 
-import torch
-
-from effattn_lite.layers.common import Cache, GroupedAttention, rotate
+from effattn_lite.layers.common import RotaryAttention
 from effattn_lite.ops.engines.softmax_attention import keep
 from effattn_lite.ops.sliding_window import sliding_window
 
 
-class SlidingWindow(GroupedAttention):
+class SlidingWindow(RotaryAttention):
     r"""Project, rotate, attend to the last W tokens, project: the mixer of Mistral 7B.
 
     One layer looks W - 1 tokens back; n of them on top of each other look n (W - 1) back.
@@ -39,24 +37,13 @@ class SlidingWindow(GroupedAttention):
         rope_theta: float = 10_000.0,
         impl: str = "auto",
     ):
-        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim)
-        self.window, self.rope_theta, self.impl = window, rope_theta, impl
+        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, rope_theta=rope_theta)
+        self.window, self.impl = window, impl
 
-    def prefill(
-        self, x: torch.Tensor, cache: Cache | None = None, *, cu_seqlens: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, Cache]:
-        """The next T tokens, x [B, T, D]; packed sequences leave no cache."""
-        q, k, v = self.project(x)
-        position = torch.arange(x.shape[1], device=x.device)
-        seen = torch.as_tensor(x.shape[1], device=x.device)
-        if cache:
-            position, seen = position + cache["length"], seen + cache["length"]
-        # only differences of positions count, so packed sequences need not begin at 0
-        q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
-        if cache:
-            k, v = torch.cat((cache["k"], k), dim=1), torch.cat((cache["v"], v), dim=1)
-        o = sliding_window(q, k, v, window=self.window, cu_seqlens=cu_seqlens, impl=self.impl)
-        y = self.o_proj(o.flatten(2))
-        if cu_seqlens is not None:
-            return y, {}
-        return y, {"k": keep(k, self.window, 0), "v": keep(v, self.window, 0), "length": seen}
+    def attend(self, q, k, v, cu_seqlens):
+        """o of rotated queries on the cache and the new tokens."""
+        return sliding_window(q, k, v, window=self.window, cu_seqlens=cu_seqlens, impl=self.impl)
+
+    def keep(self, x):
+        """The last W - 1 tokens."""
+        return keep(x, self.window, 0)

@@ -165,6 +165,7 @@ LINEAR = (
         reduces_to={
             "retnet": "g = log(1 - 2^(-5-h)) in every channel, at every token",
             "mamba2": "g equal in the channels of a head, scale = 1, HV = H",
+            "hgrn2": "k = 1 - e^g, scale = 1",
         },
     ),
     Method(
@@ -186,7 +187,6 @@ LINEAR = (
         state="B H K V",
         forms=("recurrent", "parallel", "chunkwise"),
         engine="decay",
-        reduces_to={"gla": "gla's k = 1 - e^g, its scale = 1"},
     ),
     Method(
         name="gateloop",

@@ -55,7 +55,7 @@ SPARSE = (
         options=({"sinks": 4, "window": 8}, {"sinks": 0, "window": 5}),
         engine="softmax_attention",
         layer="StreamingLLM",
-        reduces_to={"softmax_attention": "window >= T"},
+        reduces_to={"softmax_attention": "window >= T", "sliding_window": "sinks = 0"},
         aliases=("attention_sinks",),
     ),
     Method(

@@ -3,6 +3,7 @@
 import pytest
 
 from effattn_lite import explore
+from effattn_lite.explore import DecayClocks
 
 CONTROLS = "input, select, button, [role=slider][tabindex], [role=button][tabindex]"
 # what a figure shows, without its controls
@@ -38,6 +39,72 @@ def test_figure_is_a_widget(browser, name):
     done = page.evaluate(AS_WIDGET, [figure.widget._esm, figure.state])
     page.close()
     assert done["drawn"] > 5 and done["styled"] and done["left"] == 0, done
+
+
+def test_python_sets_a_value_between_the_steps_of_a_slider(browser):
+    page = browser.new_page()
+    page.set_content(DecayClocks(age=100).page().replace('"age":100', '"age":50'))
+    slider = page.locator("input[type=range]").first
+    assert slider.get_attribute("aria-valuetext") == "50" and int(slider.input_value()) > 20
+    page.close()
+
+
+# a notebook's front end listens at the document: A inserts a cell, the arrows move between cells
+HEARD = """() => {
+  window.heard = [];
+  document.addEventListener("keydown", event => heard.push(event.key));
+}"""
+
+
+@pytest.mark.parametrize("name", explore.__all__)
+def test_notebook_does_not_hear_the_keys_of_a_figure(browser, name):
+    page = browser.new_page()
+    page.set_content(getattr(explore, name)().page())
+    page.evaluate(HEARD)
+    for node in page.locator(".explorable").locator(CONTROLS).all():
+        if node.is_enabled():
+            node.press("ArrowDown")
+            node.press("a")
+    assert page.evaluate("heard") == []
+    page.locator(".explorable").locator(CONTROLS).first.press("Escape")
+    assert page.evaluate("heard") == ["Escape"]
+    page.close()
+
+
+@pytest.mark.parametrize("name", explore.__all__)
+def test_figure_works_in_a_sandbox(browser, name):
+    """Colab shows HTML in a frame of no origin: no storage, no cookies, no parent."""
+    page, errors = browser.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.set_content("<!doctype html>")
+    page.evaluate(
+        "html => document.body.append(Object.assign(document.createElement('iframe'),"
+        "{ sandbox: 'allow-scripts', srcdoc: html, width: 720, height: 900 }))",
+        getattr(explore, name)().html(),
+    )
+    figure = page.frame_locator("iframe").locator(".explorable[data-drawn]")
+    assert _answers(page, figure, figure.locator(CONTROLS).first)
+    assert errors == []
+    page.close()
+
+
+def test_figure_without_scripts_is_its_words(browser):
+    page = browser.new_page(java_script_enabled=False)
+    figure = DecayClocks()
+    page.set_content(figure.page())
+    words = page.locator("body").inner_text()
+    page.close()
+    assert figure.alt in words and "needs JavaScript" in words and len(words) < len(figure.alt) + 120
+
+
+@pytest.mark.parametrize("base, linked", [("../", False), ("https://book.example/", True)])
+def test_map_outside_the_book_links_only_whole_addresses(browser, base, linked):
+    page = browser.new_page()
+    page.set_content(explore.MethodMap(base=base, chapters=["linear/fixed_decay"]).page())
+    links = page.locator(".explorable a[href]")
+    assert (links.count() > 0) == linked
+    assert not linked or links.first.get_attribute("target") == "_blank"
+    page.close()
 
 
 @pytest.mark.having('class="explorable"')

@@ -51,6 +51,15 @@ def test_reduces_to_mamba2(form):
 
 
 @FORMS
+def test_reduces_to_hgrn2(form):
+    """k = 1 - e^g, scale 1: the gate that keeps is the gate that does not write."""
+    x = draw(T=37)
+    got = run_reference("gla", x | {"k": 1 - np.exp(x["g"])}, form=form, scale=1.0)
+    tied = {name: x[name] for name in ("q", "v", "g", "initial_state")}
+    assert relative_error(got, run_reference("hgrn2", tied)) < 1e-10
+
+
+@FORMS
 @pytest.mark.parametrize("gates", GATES)
 def test_sum_over_the_past(form, gates):
     """Gates of 0 and -20 nats side by side, to the last digits, and nothing overflows on the way."""

@@ -33,14 +33,6 @@ def sum_over_past(q, v, *, g, initial_state):
 
 
 @FORMS
-def test_reduces_to_gla(form):
-    """It is gated linear attention whose k is 1 - e^g, read without scale."""
-    x = draw(T=37)
-    got = run_reference("hgrn2", x, form=form)
-    assert relative_error(got, run_reference("gla", x | {"k": 1 - np.exp(x["g"])}, scale=1.0)) < 1e-10
-
-
-@FORMS
 @pytest.mark.parametrize("gates", GATES)
 def test_sum_over_the_past(form, gates):
     """Gates of 0 and -20 nats side by side, to the last digits, and nothing overflows on the way."""

@@ -7,7 +7,7 @@ import torch
 
 from effattn_lite.layers.common import rotate, split_heads
 from effattn_lite.layers.streaming_llm import StreamingLLM
-from effattn_lite.ops import softmax_attention, streaming_llm
+from effattn_lite.ops import sliding_window, softmax_attention, streaming_llm
 from effattn_lite.testing import make_inputs, max_error, relative_error, to_torch
 
 RTOL = 1e-10
@@ -24,10 +24,11 @@ def test_reduces_to_softmax_attention(window):
     assert relative_error(got, softmax_attention(**x, return_lse=True, impl="torch")) < RTOL
 
 
-def test_without_sinks_it_is_a_window():
-    x = inputs()
-    got = streaming_llm(**x, sinks=0, window=5, impl="torch")
-    assert max_error(got, softmax_attention(**x, window=5, impl="torch")) == 0
+@pytest.mark.parametrize("window", (1, 5, 48))
+def test_reduces_to_sliding_window(window):
+    x = inputs(H=4, HKV=2)
+    got = streaming_llm(**x, sinks=0, window=window, return_lse=True, impl="torch")
+    assert relative_error(got, sliding_window(**x, window=window, return_lse=True, impl="torch")) < RTOL
 
 
 def test_more_sinks_than_tokens():

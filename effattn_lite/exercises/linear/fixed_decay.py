@@ -35,7 +35,7 @@ def exercise_1(answer):
             f"half-life: you gave {got[2]:.4g} tokens; the best decay for distance d has "
             "gamma^2 = d / (d + 1), and a half-life is ln 2 / -ln gamma"
         )
-    return f"Head 9 lives 11,357 tokens, head 0 is below 1 % after 146; {want:.0f} is 1.39 x 500."
+    return f"Head 9 lives 11,356 tokens, head 0 is below 1 % after 146; {want:.0f} is 1.39 x 500."
 
 
 def exercise_2(combine):
@@ -93,7 +93,7 @@ def exercise_3(chunkwise):
     """
     rng = np.random.default_rng(3)
     count = 0
-    for T, C in ((16, 4), (1, 4), (3, 8), (13, 4), (40, 16), (7, 1)):
+    for T, C in ((16, 4), (1, 4), (3, 8), (13, 4), (40, 16), (7, 1), (70, 64)):
         for g in (-0.05, 0.0, -20.0):
             q, k, v = rng.normal(size=(T, 5)), rng.normal(size=(T, 5)), rng.normal(size=(T, 3))
             for S0, start in (
@@ -161,6 +161,8 @@ def exercise_4(step):
                 "the bonus u is missing": q @ (S + kv),
                 "the token itself is missing: add Diag(u) k v^T to what you read": q @ S,
             }
+            if K == V:
+                hints["u belongs to the key axis, shape [K, 1]"] = q @ (S + u * kv)
             hint = next((h for h, x in hints.items() if _close(o, x)), "o = (S_{t-1} + Diag(u) k v^T)^T q")
             _same(o, q @ (S + u[:, None] * kv), f"{what}: o", hint)
             hint = (
@@ -252,10 +254,16 @@ def _chunk_hint(got, want, C):
     try:
         got = np.asarray(got, float)
         first = np.allclose(got[:C], want[:C], rtol=1e-9, atol=1e-9)
+        apart = np.isnan(got).any()
     except (TypeError, ValueError, IndexError):
         return "return o with the shape of v"
+    if apart:
+        return "e^(-g j) alone overflows: exponentiate differences i - j >= 0, and mask before you multiply"
     if first and len(want) > C:
-        return "the first chunk is right: look at what the later ones read; S fades by e^(g (i + 1))"
+        return (
+            "the first chunk is right: look at what the later ones read; S fades by e^(g (i + 1)), "
+            "and key j of n enters it with e^(g (n - 1 - j))"
+        )
     return "inside a chunk token i reads j <= i with e^(g (i - j)), before it S with e^(g (i + 1))"
 
 

@@ -21,7 +21,7 @@ def exercise_1(answer):
     if len(got) != 4:
         raise Wrong(f"Give four numbers, (factor, cache_bytes, place, distance); you gave {len(got)}.")
     hints = (
-        "o_rest is divided by what is left of the mass: 1 - 0.9",
+        "what is kept of the output is divided by the mass that is left, 1 - 0.9",
         "count both keys and values: 1024 entries, 30 layers, 3 heads, 64 numbers each, 2 bytes a number",
         "the window of token 5000 begins at token 5000 - 1020 + 1, and four sinks stand before it",
         "the query has the last of 1024 places, token 0 the first, place 0",
