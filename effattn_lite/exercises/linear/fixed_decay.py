@@ -61,12 +61,7 @@ def exercise_2(combine):
     mirrored = math.exp(tokens[0][0]) * tokens[1][1] + tokens[0][1]
     if two[1].shape == right.shape and np.allclose(two[1], mirrored):
         raise Wrong("two tokens: you decayed the later state; it is the earlier one that fades")
-    _same(
-        two[1],
-        right,
-        "two tokens: the state",
-        "the earlier state fades by the later decay, then they add",
-    )
+    _same(two[1], right, "two tokens: the state", "the earlier state fades by the later decay, then they add")
     if not math.isclose(two[0], tokens[0][0] + tokens[1][0], rel_tol=1e-9):
         raise Wrong(f"two tokens: the decay is {two[0]:.4g}; decays multiply, so their logs add")
     orders = {
@@ -109,12 +104,8 @@ def exercise_3(chunkwise):
                     raise Wrong(f"{what}: you wrote into the caller's initial_state; make a new array")
                 want_o, want_S = _recurrence(q, k, v, g, S0)
                 _same(o, want_o, f"{what}: o", _chunk_hint(o, want_o, C))
-                _same(
-                    S,
-                    want_S,
-                    f"{what}: the final state",
-                    "key j of n fades by e^(g (n - 1 - j)), S by e^(g n)",
-                )
+                hint = "key j of n fades by e^(g (n - 1 - j)), S by e^(g n)"
+                _same(S, want_S, f"{what}: the final state", hint)
                 count += 1
     T = 2048
     q, k, v = (rng.normal(size=(T, 4)) for _ in range(3))
