@@ -4,6 +4,7 @@ Writes its notebook, executes it if it is stale, and builds a site of the front 
 references into `_build/preview`. Links to other chapters warn; everything else must be silent.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +23,15 @@ def main() -> int:
     chapters = [{"file": page} for page in pages]
     toc.write_text(yaml.safe_dump({"format": "jb-book", "root": "book/index", "chapters": chapters}))
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
+    # figures stand alone, also where the build executes a cell itself
+    static = os.environ | {"EFFATTN_LITE_STATIC": "1"}
     for command in (
         [sys.executable, "tools/write_tables.py", "--headers"],
         [sys.executable, "tools/write_notebooks.py", source],
         [sys.executable, "tools/execute_notebooks.py", source, "--workers=0"],
         [jupyter_book, "build", ".", "--toc", toc, "--path-output", toc.parent, "-n", "--keep-going"],
     ):
-        if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        if subprocess.run(command, cwd=ROOT, env=static, check=False).returncode:
             return 1
     print(f"\nthe page: {toc.parent}/_build/html/book/{sys.argv[1]}.html")
     return 0
