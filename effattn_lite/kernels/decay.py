@@ -85,7 +85,8 @@ def decay_write_kernel(
         # exponents count the steps until the chunk is over: none is positive
         left = tl.maximum(n - 1 - o_c, 0) + WRITE
         b_kt = (b_kt * (tl.exp(b_g[:, None] * left[None, :]) * scale)).to(b_v.dtype)
-        b_S = tl.dot(b_kt, b_v, b_S * tl.exp(b_g * n)[:, None], input_precision="ieee")  # [BK, C] @ [C, BV]
+        # [BK, C] @ [C, BV]
+        b_S = tl.dot(b_kt, b_v, b_S * tl.exp(b_g * n)[:, None], input_precision="ieee")
     p_S = segments + (i_s.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
     tl.store(p_S, b_S, mask=(o_k < K)[:, None] & (o_v < V)[None, :])
 

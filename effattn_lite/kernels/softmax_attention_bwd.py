@@ -66,10 +66,12 @@ def softmax_attention_bwd_dq_kernel(
     for i_n in range(b, c):
         b_k = load_tile(k + tl.cast(i_n, tl.int64) * BN * k_t, k_t, BN, K, BN, BK, False)
         b_v = load_tile(v + tl.cast(i_n, tl.int64) * BN * v_t, v_t, BN, V, BN, BV, False)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BK] @ [BK, BN] -> [BM, BN]
+        # [BM, BK] @ [BK, BN] -> [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_s = capped(b_s, scale, softcap, SOFTCAP)
         b_p = tl.exp2(b_s * factor - b_lse[:, None])
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")  # [BM, BV] @ [BV, BN] -> [BM, BN]
+        # [BM, BV] @ [BV, BN] -> [BM, BN]
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         b_ds = score_gradient(b_p, b_dp, b_delta[:, None], b_s, softcap, SOFTCAP)
         b_dq = tl.dot(
             b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee"
@@ -140,13 +142,17 @@ def softmax_attention_bwd_dkdv_kernel(
             b_do = load_tile(p_do + i_m * H * V, H * V, BM, V, BM, BV, False)
             b_lse = load_lse(lse + line + i_m, BM, BM)
             b_delta = tl.load(delta + line + i_m + tl.arange(0, BM))
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BK] @ [BK, BM] -> [BN, BM]
+            # [BN, BK] @ [BK, BM] -> [BN, BM]
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
             b_s = capped(b_s, scale, softcap, SOFTCAP)
             b_p = tl.exp2(b_s * factor - b_lse[None, :])
-            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")  # [BN, BM] @ [BM, BV]
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")  # [BN, BV] @ [BV, BM] -> [BN, BM]
+            # [BN, BM] @ [BM, BV]
+            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+            # [BN, BV] @ [BV, BM] -> [BN, BM]
+            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
             b_ds = score_gradient(b_p, b_dp, b_delta[None, :], b_s, softcap, SOFTCAP)
-            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")  # [BN, BM] @ [BM, BK]
+            # [BN, BM] @ [BM, BK]
+            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
         # [/sketch:bwd]
         for n in range(0, b - a + d - c):
             i_t = edge_block(n, 0, a, b, c)

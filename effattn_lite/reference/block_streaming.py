@@ -33,12 +33,14 @@ def quadratic(q, k, v, *, sink_blocks=1, local_blocks, block_size=128, scale=Non
     t, j = np.arange(T)[:, None], np.arange(T)
     I, J = t // block_size, j // block_size
     see = (j <= t) & ((J < sink_blocks) | (I - local_blocks < J))
-    s = scale * np.einsum("bthk,bjhk->bthj", q, k)  # [B, T, H, K] x [B, T, H, K] -> [B, T, H, T]
+    # [B, T, H, K] x [B, T, H, K] -> [B, T, H, T]
+    s = scale * np.einsum("bthk,bjhk->bthj", q, k)
     s = np.where(see[:, None], s, -np.inf)
     m = s.max(-1, keepdims=True, initial=-np.inf)
     p = np.exp(s - m)  # exp of a difference <= 0: cannot overflow
     l = p.sum(-1, keepdims=True)
-    o = np.einsum("bthj,bjhv->bthv", p, v)  # [B, T, H, T] x [B, T, H, V] -> [B, T, H, V]
+    # [B, T, H, T] x [B, T, H, V] -> [B, T, H, V]
+    o = np.einsum("bthj,bjhv->bthv", p, v)
     return o / l, (m + np.log(l))[..., 0]
 
 
@@ -55,16 +57,19 @@ def blockwise(q, k, v, *, sink_blocks=1, local_blocks, block_size=128, scale=Non
     o, lse = np.zeros((B, T, H, V)), np.zeros((B, T, H))
     for t in range(0, T, block_size):
         end = min(t + block_size, T)
-        start = max(t - (local_blocks - 1) * block_size, 0)  # first token of the local blocks
+        # first token of the local blocks
+        start = max(t - (local_blocks - 1) * block_size, 0)
         # the sink blocks, as far as they lie before the local ones, then the local ones
         j = np.r_[: min(sink_blocks * block_size, start), start:end]
-        s = scale * np.einsum("bthk,bjhk->bthj", q[:, t:end], k[:, j].repeat(G, axis=2))  # [B, BS, H, n]
+        # [B, BS, H, n]
+        s = scale * np.einsum("bthk,bjhk->bthj", q[:, t:end], k[:, j].repeat(G, axis=2))
         see = j <= np.arange(t, end)[:, None]  # cuts the query's own block
         s = np.where(see[:, None], s, -np.inf)
         m = s.max(-1, keepdims=True)
         p = np.exp(s - m)
         l = p.sum(-1, keepdims=True)
-        o[:, t:end] = np.einsum("bthj,bjhv->bthv", p, v[:, j].repeat(G, axis=2)) / l  # [B, BS, H, V]
+        # [B, BS, H, V]
+        o[:, t:end] = np.einsum("bthj,bjhv->bthv", p, v[:, j].repeat(G, axis=2)) / l
         lse[:, t:end] = (m + np.log(l))[..., 0]
     return o, lse
 

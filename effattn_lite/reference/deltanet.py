@@ -78,7 +78,8 @@ def parallel(q, k, v, *, beta, scale=None, initial_state=None):
     b = beta.swapaxes(1, 2)[..., None]  # [B, H, T, 1]
     t = np.arange(T)
     # delta_t + sum_{j<t} beta_t (k_t . k_j) delta_j = beta_t (v_t - S_0^T k_t)
-    A = np.where(t[:, None] > t, b * np.einsum("bthk,bjhk->bhtj", k, k), 0)  # [B, H, T, T]
+    # [B, H, T, T]
+    A = np.where(t[:, None] > t, b * np.einsum("bthk,bjhk->bhtj", k, k), 0)
     unread = v.swapaxes(1, 2) - np.einsum("bthk,bhkv->bhtv", k, S)  # [B, H, T, V]
     delta = np.linalg.solve(np.eye(T) + A, b * unread)  # [B, H, T, V]
     # o_t = s (S_0^T q_t + sum_{j<=t} (q_t . k_j) delta_j)
@@ -127,7 +128,8 @@ def chunkwise(q, k, v, *, beta, scale=None, initial_state=None, chunk_size=16):
         i = np.arange(qc.shape[1])
         # 1 the state before token i is S + sum_{j<i} k_j delta_j^T, put into delta_i:
         #   delta_i = beta_i (v_i - S^T k_i) - sum_{j<i} A_ij delta_j, so Delta = M (V - K S)
-        A = np.where(i[:, None] > i, b * np.einsum("bihk,bjhk->bhij", kc, kc), 0)  # [B, H, C, C]
+        # [B, H, C, C]
+        A = np.where(i[:, None] > i, b * np.einsum("bihk,bjhk->bhij", kc, kc), 0)
         # 2 M = (I + A)^-1 Diag(beta) by forward substitution: a row asks for the rows above it
         M = np.where(i[:, None] == i, b, 0)  # [B, H, C, C]
         for r in i[1:]:

@@ -88,10 +88,12 @@ def parallel(q, k, v, *, g, beta, scale=None, initial_state=None):
     G = np.cumsum(g, axis=1).swapaxes(1, 2)[..., None]  # [B, HV, T, 1]
     t = np.arange(T)
     # exp of a difference <= 0: cannot overflow; exp(-inf) = 0 above the diagonal
-    D = np.exp(np.where(t[:, None] >= t, G - G.swapaxes(2, 3), -np.inf))  # [B, HV, T, T]
+    # [B, HV, T, T]
+    D = np.exp(np.where(t[:, None] >= t, G - G.swapaxes(2, 3), -np.inf))
     xi = np.exp(G)  # [B, HV, T, 1]
     # delta_t + sum_{j<t} beta_t D_tj (k_t . k_j) delta_j = beta_t (v_t - xi_t S_0^T k_t)
-    A = np.where(t[:, None] > t, b * D * np.einsum("bthk,bjhk->bhtj", k, k), 0)  # [B, HV, T, T]
+    # [B, HV, T, T]
+    A = np.where(t[:, None] > t, b * D * np.einsum("bthk,bjhk->bhtj", k, k), 0)
     unread = v.swapaxes(1, 2) - xi * np.einsum("bthk,bhkv->bhtv", k, S)  # [B, HV, T, V]
     delta = np.linalg.solve(np.eye(T) + A, b * unread)  # [B, HV, T, V]
     # o_t = s (xi_t S_0^T q_t + sum_{j<=t} D_tj (q_t . k_j) delta_j)
@@ -145,11 +147,13 @@ def chunkwise(q, k, v, *, g, beta, scale=None, initial_state=None, chunk_size=16
         i = np.arange(qc.shape[1])
         # 1 local decay: between two tokens (exp of a difference <= 0), and from the chunk's start
         G = np.cumsum(g[:, part], axis=1).swapaxes(1, 2)[..., None]  # [B, HV, C, 1]
-        D = np.exp(np.where(i[:, None] >= i, G - G.swapaxes(2, 3), -np.inf))  # [B, HV, C, C]
+        # [B, HV, C, C]
+        D = np.exp(np.where(i[:, None] >= i, G - G.swapaxes(2, 3), -np.inf))
         xi = np.exp(G)  # [B, HV, C, 1]
         # 2 token i sees alpha_i S_{i-1} = xi_i S + sum_{j<i} D_ij k_j delta_j^T, put into delta_i:
         #   delta_i = beta_i (v_i - xi_i S^T k_i) - sum_{j<i} A_ij delta_j, so Delta = M (V - xi K S)
-        A = np.where(i[:, None] > i, b * D * np.einsum("bihk,bjhk->bhij", kc, kc), 0)  # [B, HV, C, C]
+        # [B, HV, C, C]
+        A = np.where(i[:, None] > i, b * D * np.einsum("bihk,bjhk->bhij", kc, kc), 0)
         # 3 M = (I + A)^-1 Diag(beta) by forward substitution: a row asks for the rows above it
         M = np.where(i[:, None] == i, b, 0)  # [B, HV, C, C]
         for r in i[1:]:

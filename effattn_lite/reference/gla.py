@@ -121,7 +121,8 @@ def chunkwise(q, k, v, *, g, scale=None, initial_state=None, chunk_size=16):
         # 1 local decay: between two tokens, from the chunk's start, to the chunk's end
         G = np.cumsum(g[:, part], axis=1)  # [B, C, H, K]
         # exp of a difference <= 0: cannot overflow
-        D = np.exp(np.where(seen, G[:, :, None] - G[:, None], -np.inf))  # [B, C, C, H, K]
+        # [B, C, C, H, K]
+        D = np.exp(np.where(seen, G[:, :, None] - G[:, None], -np.inf))
         xi = np.exp(G)
         zeta = np.exp(G[:, -1:] - G)
         # 2 intra-chunk: scores, channel by channel

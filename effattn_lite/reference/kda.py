@@ -85,10 +85,12 @@ def parallel(q, k, v, *, g, beta, scale=None, initial_state=None):
     t = np.arange(T)
     # exp of a difference <= 0: cannot overflow; exp(-inf) = 0 above the diagonal
     lower = (t[:, None] >= t)[:, :, None, None]  # [T, T, 1, 1]
-    E = np.exp(np.where(lower, G[:, :, None] - G[:, None], -np.inf)) * k[:, None]  # [B, T, T, HV, K]
+    # [B, T, T, HV, K]
+    E = np.exp(np.where(lower, G[:, :, None] - G[:, None], -np.inf)) * k[:, None]
     xi = np.exp(G)  # [B, T, HV, K]
     # delta_t + sum_{j<t} beta_t (k_t . D_tj k_j) delta_j = beta_t (v_t - S_0^T (xi_t k_t))
-    A = np.where(t[:, None] > t, b * np.einsum("bthk,btjhk->bhtj", k, E), 0)  # [B, HV, T, T]
+    # [B, HV, T, T]
+    A = np.where(t[:, None] > t, b * np.einsum("bthk,btjhk->bhtj", k, E), 0)
     unread = v.swapaxes(1, 2) - np.einsum("bthk,bhkv->bhtv", xi * k, S)  # [B, HV, T, V]
     delta = np.linalg.solve(np.eye(T) + A, b * unread)  # [B, HV, T, V]
     # o_t = s (S_0^T (xi_t q_t) + sum_{j<=t} (q_t . D_tj k_j) delta_j)
@@ -144,11 +146,13 @@ def chunkwise(q, k, v, *, g, beta, scale=None, initial_state=None, chunk_size=16
         # 1 local decay: between two tokens (exp of a difference <= 0), times the key; from the chunk's start
         G = np.cumsum(g[:, part], axis=1)  # [B, C, HV, K]
         lower = (i[:, None] >= i)[:, :, None, None]  # [C, C, 1, 1]
-        E = np.exp(np.where(lower, G[:, :, None] - G[:, None], -np.inf)) * kc[:, None]  # [B, C, C, HV, K]
+        # [B, C, C, HV, K]
+        E = np.exp(np.where(lower, G[:, :, None] - G[:, None], -np.inf)) * kc[:, None]
         xi = np.exp(G)  # [B, C, HV, K]
         # 2 token i sees Diag(alpha_i) S_{i-1} = Diag(xi_i) S + sum_{j<i} D_ij k_j delta_j^T, so
         #   delta_i = beta_i (v_i - S^T (xi_i k_i)) - sum_{j<i} A_ij delta_j, so Delta = M (V - (xi K) S)
-        A = np.where(i[:, None] > i, b * np.einsum("bihk,bijhk->bhij", kc, E), 0)  # [B, HV, C, C]
+        # [B, HV, C, C]
+        A = np.where(i[:, None] > i, b * np.einsum("bihk,bijhk->bhij", kc, E), 0)
         # 3 M = (I + A)^-1 Diag(beta) by forward substitution: a row asks for the rows above it
         M = np.where(i[:, None] == i, b, 0)  # [B, HV, C, C]
         for r in i[1:]:

@@ -78,7 +78,8 @@ def parallel(q, k, v, *, g, scale=None, initial_state=None):
     A = np.einsum("bthk,bjhk->btjh", q, k)  # [T, K] @ [K, T] -> [T, T]
     A = np.repeat(A, HV // H, axis=3) * L
     q, k = (np.repeat(x, HV // H, axis=2) for x in (q, k))  # [B, T, HV, K]
-    past = np.einsum("bthk,bhkv->bthv", q, S) * np.exp(G)[..., None]  # [T, K] @ [K, V] -> [T, V]
+    # [T, K] @ [K, V] -> [T, V]
+    past = np.einsum("bthk,bhkv->bthv", q, S) * np.exp(G)[..., None]
     o = scale * (np.einsum("btjh,bjhv->bthv", A, v) + past)
     # S_T = e^(G_T) S_0 + sum_t e^(G_T - G_t) k_t v_t^T
     kept = v * np.exp(G[:, -1:] - G)[..., None]
@@ -159,7 +160,8 @@ def step(q, k, v, *, g, state, scale=None):
     Source: Dao and Gu 2024, arXiv:2405.21060, section 5.
     """
     scale = 1.0 if scale is None else scale
-    q, k = (np.repeat(x, v.shape[1] // x.shape[1], axis=1) for x in (q, k))  # [B, HV, K]
+    # [B, HV, K]
+    q, k = (np.repeat(x, v.shape[1] // x.shape[1], axis=1) for x in (q, k))
     S = np.exp(g)[:, :, None, None] * state + np.einsum("bhk,bhv->bhkv", k, v)
     return scale * np.einsum("bhk,bhkv->bhv", q, S), S
 

@@ -73,10 +73,12 @@ def parallel(q, k, v, *, g, u, scale=None, initial_state=None):
     t = np.arange(T)
     # D_tjc: token j has decayed t - 1 - j times when t reads the state before its own write
     lag = (t[:, None] - t - 1)[:, :, None, None]
-    D = np.where(lag >= 0, np.exp(g * np.maximum(lag, 0)), 0) + np.where(lag == -1, u, 0)  # [T, T, H, K]
+    # [T, T, H, K]
+    D = np.where(lag >= 0, np.exp(g * np.maximum(lag, 0)), 0) + np.where(lag == -1, u, 0)
     A = np.einsum("bthk,tjhk->btjhk", q, D)
     A = np.einsum("btjhk,bjhk->bhtj", A, k)
-    past = np.einsum("bthk,bhkv->bthv", q * np.exp(g * t[:, None, None]), S)  # [T, K] @ [K, V] -> [T, V]
+    # [T, K] @ [K, V] -> [T, V]
+    past = np.einsum("bthk,bhkv->bthv", q * np.exp(g * t[:, None, None]), S)
     o = scale * (np.einsum("bhtj,bjhv->bthv", A, v) + past)
     # S_T = Diag(e^(g T)) S_0 + sum_t Diag(e^(g (T-1-t))) k_t v_t^T
     kept = k * np.exp(g * (T - 1 - t)[:, None, None])
@@ -118,7 +120,8 @@ def chunkwise(q, k, v, *, g, u, scale=None, initial_state=None, chunk_size=16):
         i = np.arange(qc.shape[1])
         # 1 local decay: between two tokens (bonus on the diagonal), from the chunk's start, to its end
         lag = (i[:, None] - i - 1)[:, :, None, None]
-        D = np.where(lag >= 0, np.exp(g * np.maximum(lag, 0)), 0) + np.where(lag == -1, u, 0)  # [C, C, H, K]
+        # [C, C, H, K]
+        D = np.where(lag >= 0, np.exp(g * np.maximum(lag, 0)), 0) + np.where(lag == -1, u, 0)
         xi = np.exp(g * i[:, None, None])  # [C, H, K]
         zeta = np.exp(g * (i[-1] - i)[:, None, None])  # [C, H, K]
         # 2 intra-chunk: scores, channel by channel

@@ -78,9 +78,11 @@ def parallel(q, k, v, *, g, u, scale=None, initial_state=None):
     t = np.arange(T)
     lag = (t[:, None] - t)[:, :, None, None]
     # exp of a difference <= 0: cannot overflow
-    D = np.exp(np.where(lag > 0, read[:, :, None] - G[:, None], -np.inf))  # [B, T, T, H, K]
+    # [B, T, T, H, K]
+    D = np.exp(np.where(lag > 0, read[:, :, None] - G[:, None], -np.inf))
     A = np.einsum("bthk,btjhk,bjhk->bhtj", q, np.where(lag == 0, u, D), k)
-    past = np.einsum("bthk,bhkv->bthv", q * np.exp(read), S)  # [T, K] @ [K, V] -> [T, V]
+    # [T, K] @ [K, V] -> [T, V]
+    past = np.einsum("bthk,bhkv->bthv", q * np.exp(read), S)
     o = scale * (np.einsum("bhtj,bjhv->bthv", A, v) + past)
     # S_T = Diag(e^(G_T)) S_0 + sum_t Diag(e^(G_T - G_t)) k_t v_t^T
     kept = k * np.exp(G[:, -1:] - G)
@@ -127,7 +129,8 @@ def chunkwise(q, k, v, *, g, u, scale=None, initial_state=None, chunk_size=16):
         G = np.cumsum(g[:, part], axis=1)  # [B, C, H, K]
         read = np.concatenate((np.zeros_like(G[:, :1]), G[:, :-1]), axis=1)
         # exp of a difference <= 0: cannot overflow
-        D = np.exp(np.where(lag > 0, read[:, :, None] - G[:, None], -np.inf))  # [B, C, C, H, K]
+        # [B, C, C, H, K]
+        D = np.exp(np.where(lag > 0, read[:, :, None] - G[:, None], -np.inf))
         xi = np.exp(read)
         zeta = np.exp(G[:, -1:] - G)
         # 2 intra-chunk: scores, channel by channel

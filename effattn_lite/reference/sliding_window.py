@@ -31,12 +31,14 @@ def quadratic(q, k, v, *, window, scale=None):
     k, v = k.repeat(G, axis=2), v.repeat(G, axis=2)  # one key head serves G query heads
     t, j = np.arange(T)[:, None], np.arange(T)
     see = (j <= t) & (j > t - window)
-    s = scale * np.einsum("bthk,bjhk->bthj", q, k)  # [B, T, H, K] x [B, T, H, K] -> [B, T, H, T]
+    # [B, T, H, K] x [B, T, H, K] -> [B, T, H, T]
+    s = scale * np.einsum("bthk,bjhk->bthj", q, k)
     s = np.where(see[:, None], s, -np.inf)
     m = s.max(-1, keepdims=True, initial=-np.inf)
     p = np.exp(s - m)  # exp of a difference <= 0: cannot overflow
     l = p.sum(-1, keepdims=True)
-    o = np.einsum("bthj,bjhv->bthv", p, v)  # [B, T, H, T] x [B, T, H, V] -> [B, T, H, V]
+    # [B, T, H, T] x [B, T, H, V] -> [B, T, H, V]
+    o = np.einsum("bthj,bjhv->bthv", p, v)
     return o / l, (m + np.log(l))[..., 0]
 
 
@@ -54,9 +56,11 @@ def banded(q, k, v, *, window, scale=None):
     """
     T, G, W = q.shape[1], q.shape[2] // k.shape[2], min(window, q.shape[1])
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    j = np.arange(T)[:, None] + np.arange(1 - W, 1)  # [T, W]; < 0 where the window begins before token 0
+    # [T, W]; < 0 where the window begins before token 0
+    j = np.arange(T)[:, None] + np.arange(1 - W, 1)
     see, j = j >= 0, np.maximum(j, 0)
-    kw, vw = k[:, j].repeat(G, axis=3), v[:, j].repeat(G, axis=3)  # [B, T, W, H, K] and [B, T, W, H, V]
+    # [B, T, W, H, K] and [B, T, W, H, V]
+    kw, vw = k[:, j].repeat(G, axis=3), v[:, j].repeat(G, axis=3)
     s = scale * np.einsum("bthk,btwhk->bthw", q, kw)
     s = np.where(see[:, None], s, -np.inf)  # [B, T, H, W]
     m = s.max(-1, keepdims=True, initial=-np.inf)

@@ -32,13 +32,16 @@ def quadratic(q, k, v, *, causal=True, window=None, sinks=0, scale=None):
     G = q.shape[2] // k.shape[2]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     k, v = k.repeat(G, axis=2), v.repeat(G, axis=2)  # one key head serves G query heads
-    s = scale * np.einsum("bthk,bjhk->bthj", q, k)  # [B, T, H, K] x [B, Tk, H, K] -> [B, T, H, Tk]
+    # [B, T, H, K] x [B, Tk, H, K] -> [B, T, H, Tk]
+    s = scale * np.einsum("bthk,bjhk->bthj", q, k)
     see = visible(q.shape[1], k.shape[1], causal=causal, window=window, sinks=sinks)
     s = np.where(see[:, None], s, -np.inf)
     m = s.max(-1, keepdims=True, initial=-np.inf)
-    p = np.exp(s - np.where(m == -np.inf, 0, m))  # exp of a difference <= 0: cannot overflow
+    # exp of a difference <= 0: cannot overflow
+    p = np.exp(s - np.where(m == -np.inf, 0, m))
     l = p.sum(-1, keepdims=True)
-    o = np.einsum("bthj,bjhv->bthv", p, v)  # [B, T, H, Tk] x [B, Tk, H, V] -> [B, T, H, V]
+    # [B, T, H, Tk] x [B, Tk, H, V] -> [B, T, H, V]
+    o = np.einsum("bthj,bjhv->bthv", p, v)
     with np.errstate(divide="ignore"):
         lse = m + np.log(l)
     return o / np.where(l == 0, 1, l), lse[..., 0]
@@ -61,14 +64,17 @@ def online(q, k, v, *, causal=True, window=None, sinks=0, scale=None, block=16):
     m, l, o = np.full((B, T, H), -np.inf), np.zeros((B, T, H)), np.zeros((B, T, H, V))
     for j in range(0, Tk, block):
         kj, vj = k[:, j : j + block].repeat(G, axis=2), v[:, j : j + block].repeat(G, axis=2)
-        s = scale * np.einsum("bthk,bjhk->bthj", q, kj)  # [B, T, H, K] x [B, C, H, K] -> [B, T, H, C]
+        # [B, T, H, K] x [B, C, H, K] -> [B, T, H, C]
+        s = scale * np.einsum("bthk,bjhk->bthj", q, kj)
         s = np.where(see[:, None, j : j + block], s, -np.inf)
         m_new = np.maximum(m, s.max(-1))
-        top = np.where(m_new == -np.inf, 0, m_new)  # nothing seen yet: keep -inf - -inf from being NaN
+        # nothing seen yet: keep -inf - -inf from being NaN
+        top = np.where(m_new == -np.inf, 0, m_new)
         p = np.exp(s - top[..., None])
         shrink = np.exp(m - top)  # what was summed under the old maximum
         l = shrink * l + p.sum(-1)
-        o = shrink[..., None] * o + np.einsum("bthj,bjhv->bthv", p, vj)  # [B, T, H, C] x [B, C, H, V]
+        # [B, T, H, C] x [B, C, H, V]
+        o = shrink[..., None] * o + np.einsum("bthj,bjhv->bthv", p, vj)
         m = m_new
     with np.errstate(divide="ignore"):
         lse = m + np.log(l)
@@ -124,14 +130,20 @@ def backward(q, k, v, o, lse, do, dlse=None, *, causal=True, window=None, sinks=
     scale = q.shape[3] ** -0.5 if scale is None else scale
     kr, vr = k.repeat(G, axis=2), v.repeat(G, axis=2)
     see = visible(q.shape[1], k.shape[1], causal=causal, window=window, sinks=sinks)
-    s = np.where(see[:, None], scale * np.einsum("bthk,bjhk->bthj", q, kr), -np.inf)  # [B, T, H, Tk]
+    # [B, T, H, Tk]
+    s = np.where(see[:, None], scale * np.einsum("bthk,bjhk->bthj", q, kr), -np.inf)
     p = np.exp(s - np.where(lse == -np.inf, 0, lse)[..., None])
-    delta = (do * o).sum(-1) - (0 if dlse is None else dlse)  # [B, T, H]: all that a row needs of the others
-    dp = np.einsum("bthv,bjhv->bthj", do, vr)  # [B, T, H, V] x [B, Tk, H, V] -> [B, T, H, Tk]
+    # [B, T, H]: all that a row needs of the others
+    delta = (do * o).sum(-1) - (0 if dlse is None else dlse)
+    # [B, T, H, V] x [B, Tk, H, V] -> [B, T, H, Tk]
+    dp = np.einsum("bthv,bjhv->bthj", do, vr)
     ds = scale * p * (dp - delta[..., None])
-    dq = np.einsum("bthj,bjhk->bthk", ds, kr)  # [B, T, H, Tk] x [B, Tk, H, K] -> [B, T, H, K]
-    dk = np.einsum("bthj,bthk->bjhk", ds, q)  # [B, T, H, Tk] x [B, T, H, K] -> [B, Tk, H, K]
-    dv = np.einsum("bthj,bthv->bjhv", p, do)  # [B, T, H, Tk] x [B, T, H, V] -> [B, Tk, H, V]
+    # [B, T, H, Tk] x [B, Tk, H, K] -> [B, T, H, K]
+    dq = np.einsum("bthj,bjhk->bthk", ds, kr)
+    # [B, T, H, Tk] x [B, T, H, K] -> [B, Tk, H, K]
+    dk = np.einsum("bthj,bthk->bjhk", ds, q)
+    # [B, T, H, Tk] x [B, T, H, V] -> [B, Tk, H, V]
+    dv = np.einsum("bthj,bthv->bjhv", p, do)
     # a key head gathers the gradients of all query heads it served
     return dq, *(x.reshape(*x.shape[:2], HKV, G, x.shape[-1]).sum(3) for x in (dk, dv))
 

@@ -31,12 +31,14 @@ def quadratic(q, k, v, *, sinks=4, window, scale=None):
     k, v = k.repeat(G, axis=2), v.repeat(G, axis=2)  # one key head serves G query heads
     t, j = np.arange(T)[:, None], np.arange(T)
     see = (j <= t) & ((j < sinks) | (j > t - window))
-    s = scale * np.einsum("bthk,bjhk->bthj", q, k)  # [B, T, H, K] x [B, T, H, K] -> [B, T, H, T]
+    # [B, T, H, K] x [B, T, H, K] -> [B, T, H, T]
+    s = scale * np.einsum("bthk,bjhk->bthj", q, k)
     s = np.where(see[:, None], s, -np.inf)
     m = s.max(-1, keepdims=True, initial=-np.inf)
     p = np.exp(s - m)  # exp of a difference <= 0: cannot overflow
     l = p.sum(-1, keepdims=True)
-    o = np.einsum("bthj,bjhv->bthv", p, v)  # [B, T, H, T] x [B, T, H, V] -> [B, T, H, V]
+    # [B, T, H, T] x [B, T, H, V] -> [B, T, H, V]
+    o = np.einsum("bthj,bjhv->bthv", p, v)
     return o / l, (m + np.log(l))[..., 0]
 
 
@@ -57,11 +59,13 @@ def rolling(q, k, v, *, sinks=4, window, scale=None):
         slot = t if t < sinks else sinks + (t - sinks) % window
         keys[:, slot], values[:, slot] = k[:, t], v[:, t]
         n = min(t + 1, sinks + window)  # slots in use
-        s = scale * np.einsum("bhk,bjhk->bhj", q[:, t], keys[:, :n].repeat(G, axis=2))  # [B, H, n]
+        # [B, H, n]
+        s = scale * np.einsum("bhk,bjhk->bhj", q[:, t], keys[:, :n].repeat(G, axis=2))
         m = s.max(-1, keepdims=True)
         p = np.exp(s - m)
         l = p.sum(-1, keepdims=True)
-        o[:, t] = np.einsum("bhj,bjhv->bhv", p, values[:, :n].repeat(G, axis=2)) / l  # [B, H, V]
+        # [B, H, V]
+        o[:, t] = np.einsum("bhj,bjhv->bhv", p, values[:, :n].repeat(G, axis=2)) / l
         lse[:, t] = (m + np.log(l))[..., 0]
     return o, lse
 
