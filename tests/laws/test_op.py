@@ -17,6 +17,9 @@ def module_of(case):
     return importlib.import_module(f"effattn_lite.ops.{case.name}")
 
 
+KERNELS = [p.values[0] for p in cases("kernel", dtypes=("float32",))]
+
+
 def run(case, inputs, **more):
     """The op on NumPy inputs or tensors, with chunks of 16 where it has chunks, so that T holds several."""
     if not isinstance(next(iter(inputs.values())), torch.Tensor):
@@ -45,6 +48,22 @@ def test_dtypes(case):
     rounded = torch.tensor(want).to(o.dtype)
     factor = case.sizes["T"] ** 0.5 if o.dtype == torch.float32 else 2.0
     assert max_error(o, want) <= budget(want, rounded, case.dtype, factor=factor)
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+@pytest.mark.parametrize("empty", ({"T": 0}, {"B": 0}))
+@pytest.mark.parametrize("case", cases("op", dtypes=("float32",)))
+def test_nothing_in_nothing_out(case, empty, impl, device):
+    """No token or no sequence: empty outputs, the state as it came, gradients of the right shapes."""
+    if impl == "triton" and case not in KERNELS:
+        pytest.skip("no kernel is promised or written for it")
+    tensors = case.tensors(device=device, requires_grad=True, **empty)
+    o, other = run_op(case.name, tensors, impl=impl, **case.options)
+    assert o.shape[:2] == next(iter(tensors.values())).shape[:2] and not o.numel()
+    if case.row.stateful:
+        assert torch.equal(other, tensors["initial_state"])
+    (o.sum() + sum(x.sum() for x in flat(other))).backward()
+    assert all(x.grad is None or x.grad.shape == x.shape for x in tensors.values())
 
 
 @pytest.mark.parametrize("case", cases("op", causal))

@@ -28,7 +28,8 @@ def decay(q, k, v, *, g, u=None, scale, initial_state, output_final_state, cu_se
     _check(q, k, v, g, u, initial_state, cu_seqlens)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
-    if choose_impl(impl, q, refusal=_refusal(q, v, chunk_size)) == "triton":
+    # where there is no token there is nothing to launch
+    if choose_impl(impl, q, refusal=_refusal(q, v, chunk_size)) == "triton" and q.shape[0] * q.shape[1]:
         o, state = torch.ops.effattn_lite.decay(
             q, k, v, g, u, initial_state, cu_seqlens, scale, output_final_state, chunk_size
         )
@@ -122,7 +123,7 @@ def _eager(q, k, v, g, u, scale, initial_state, cu_seqlens, C):
         edges = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
         N = B if cu_seqlens is None else len(edges) - 1
         S = q.new_zeros(N, H, K, v.shape[-1], dtype=wide) if initial_state is None else initial_state
-        outputs, states = [], []
+        outputs, states = [parts[2][:, :0]], []
         for n, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
             # without cu_seqlens all rows of the batch go together
             state = S if cu_seqlens is None else S[n : n + 1]
