@@ -28,7 +28,7 @@ def recurrent(q, k, v, *, beta, scale=None, initial_state=None):
 
     Cost: B T H (6 K V + 3 V) FLOPs: read the key 2, outer product 1, add 1, read the query 2 an entry of the
     state; difference, strength and scale V each.
-    Source: Yang et al. 2024, arXiv:2406.06484, section 2; the rule is that of Schlag et al. 2021,
+    Source: Yang et al. 2024, arXiv:2406.06484; the rule is that of Schlag et al. 2021,
     arXiv:2102.11174. Differs: the papers' state is the transpose, [V, K]; s is fla's.
     """
     B, T, H, K = q.shape
@@ -69,7 +69,7 @@ def parallel(q, k, v, *, beta, scale=None, initial_state=None):
 
     Cost: B H (2 T^3 / 3 + T^2 (4 K + 4 V + 2) + T (6 K V + 4 V) + K V) FLOPs, cubic in T, since
     `np.linalg.solve` factors a matrix that is triangular already; substitution alone would be quadratic.
-    Source: the recurrence of Yang et al. 2024, arXiv:2406.06484, section 2, as one system.
+    Source: the recurrence of Yang et al. 2024, arXiv:2406.06484, as one system.
     """
     B, T, H, K = q.shape
     V = v.shape[-1]
@@ -114,7 +114,7 @@ def chunkwise(q, k, v, *, beta, scale=None, initial_state=None, chunk_size=16):
         o, [B, T, H, V], and S_T, [B, H, K, V].
 
     Cost: B H (T C (6 K + 4 V + 1) + T C^2 + T (6 K V + 3 V - 1) + NC K V) FLOPs where C divides T.
-    Source: Yang et al. 2024, arXiv:2406.06484, section 3; its T is our M, since T counts tokens here.
+    Source: Yang et al. 2024, arXiv:2406.06484; its T is our M, since T counts tokens here.
     """
     B, T, H, K = q.shape
     V = v.shape[-1]
@@ -163,7 +163,7 @@ def step(q, k, v, *, beta, state, scale=None):
         o, [B, H, V], and S_t, [B, H, K, V].
 
     Cost: B H (6 K V + 3 V) FLOPs.
-    Source: Yang et al. 2024, arXiv:2406.06484, section 2.
+    Source: Yang et al. 2024, arXiv:2406.06484.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     old = np.einsum("bhk,bhkv->bhv", k, state)

@@ -31,7 +31,7 @@ def recurrent(q, k, v, *, g, beta, scale=None, initial_state=None):
 
     Cost: B T HV (7 K V + 3 V + 1) FLOPs: decay 1, read the key 2, outer product 1, add 1, read the query 2 an
     entry of the state; difference, strength and scale V each; one exponential.
-    Source: Yang et al. 2024, arXiv:2412.06464, section 3. Differs: the paper's state is the transpose,
+    Source: Yang et al. 2024, arXiv:2412.06464. Differs: the paper's state is the transpose,
     [V, K]; s and the shared heads are fla's. The survey, arXiv:2507.19595, section 2.3, prints
     alpha S + beta (v - S k) k^T: there the key reads the state before the decay. That is another recurrence;
     the two steps differ by beta (1 - alpha) k k^T S, in our layout.
@@ -77,7 +77,7 @@ def parallel(q, k, v, *, g, beta, scale=None, initial_state=None):
 
     Cost: B HV (2 T^3 / 3 + T^2 (4 K + 4 V + 6) + T (6 K V + 7 V + 2) + 2 K V) FLOPs, cubic in T, since
     `np.linalg.solve` factors a matrix that is triangular already; substitution alone would be quadratic.
-    Source: the recurrence of Yang et al. 2024, arXiv:2412.06464, section 3, as one system.
+    Source: the recurrence of Yang et al. 2024, arXiv:2412.06464, as one system.
     """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -131,7 +131,7 @@ def chunkwise(q, k, v, *, g, beta, scale=None, initial_state=None, chunk_size=16
         o, [B, T, HV, V], and S_T, [B, HV, K, V].
 
     Cost: B HV (T C (6 K + 4 V + 6) + T C^2 + T (6 K V + 5 V + 1) + 2 NC K V) FLOPs where C divides T.
-    Source: Yang et al. 2024, arXiv:2412.06464, section 3. Differs: the paper writes quotients of decays,
+    Source: Yang et al. 2024, arXiv:2412.06464. Differs: the paper writes quotients of decays,
     gamma_i / gamma_j, which are 0 / 0 where a gate is strong; here logarithms are subtracted first.
     """
     B, T, H, K = q.shape
@@ -188,7 +188,7 @@ def step(q, k, v, *, g, beta, state, scale=None):
         o, [B, HV, V], and S_t, [B, HV, K, V].
 
     Cost: B HV (7 K V + 3 V + 1) FLOPs.
-    Source: Yang et al. 2024, arXiv:2412.06464, section 3.
+    Source: Yang et al. 2024, arXiv:2412.06464.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     share = v.shape[1] // q.shape[1]

@@ -24,7 +24,7 @@ def recurrent(q, k, v, *, g, scale=None, initial_state=None):
         o, [B, T, H, V], and S_T, [B, H, K, V].
 
     Cost: B T H (5 K V + K + V) FLOPs: decay 1, outer product 1, add 1, read 2 an entry of S; exp K, scale V.
-    Source: Yang et al. 2024, arXiv:2312.06635, section 4. Differs: the paper writes alpha for e^g, and its
+    Source: Yang et al. 2024, arXiv:2312.06635. Differs: the paper writes alpha for e^g, and its
     state is read by row vectors; s is that of the authors' code.
     """
     B, T, H, K = q.shape
@@ -61,7 +61,7 @@ def parallel(q, k, v, *, g, scale=None, initial_state=None):
         o, [B, T, H, V], and S_T, [B, H, K, V].
 
     Cost: B H (T^2 (5 K + 2 V) + T (4 K V + 6 K + 2 V) + 2 K V + K) FLOPs, quadratic in T.
-    Source: Yang et al. 2024, arXiv:2312.06635, section 4. Differs: takes and returns a state.
+    Source: Yang et al. 2024, arXiv:2312.06635. Differs: takes and returns a state.
     """
     B, T, H, K = q.shape
     V = v.shape[-1]
@@ -105,7 +105,7 @@ def chunkwise(q, k, v, *, g, scale=None, initial_state=None, chunk_size=16):
         o, [B, T, H, V], and S_T, [B, H, K, V].
 
     Cost: B H (T C (5 K + 2 V) + T (4 K V + 6 K + 2 V) + NC (2 K V + K)) FLOPs where C divides T, linear in T.
-    Source: Yang et al. 2024, arXiv:2312.06635, section 4. Differs: no second level of chunks; all scores
+    Source: Yang et al. 2024, arXiv:2312.06635. Differs: no second level of chunks; all scores
     are computed as the paper computes those on its diagonal tiles, in log space.
     """
     B, T, H, K = q.shape
@@ -152,7 +152,7 @@ def step(q, k, v, *, g, state, scale=None):
         o, [B, H, V], and S_t, [B, H, K, V].
 
     Cost: B H (5 K V + K + V) FLOPs.
-    Source: Yang et al. 2024, arXiv:2312.06635, section 4.
+    Source: Yang et al. 2024, arXiv:2312.06635.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     S = np.exp(g)[..., None] * state + np.einsum("bhk,bhv->bhkv", k, v)

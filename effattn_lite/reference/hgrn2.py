@@ -25,7 +25,7 @@ def recurrent(q, v, *, g, scale=None, initial_state=None):
 
     Cost: B T H (5 K V + 3 K + V) FLOPs: decay 1, outer product 1, add 1, read 2 an entry of S; exp and key
     3 K, scale V.
-    Source: Qin et al. 2024, arXiv:2404.07904, section 3. Differs: the paper writes o for q, i for v and f for
+    Source: Qin et al. 2024, arXiv:2404.07904. Differs: the paper writes o for q, i for v and f for
     e^g; the lower bound of f by layer is the layer's.
     """
     B, T, H, K = q.shape
@@ -150,7 +150,7 @@ def step(q, v, *, g, state, scale=None):
         o, [B, H, V], and S_t, [B, H, K, V].
 
     Cost: B H (5 K V + 3 K + V) FLOPs.
-    Source: Qin et al. 2024, arXiv:2404.07904, section 3.
+    Source: Qin et al. 2024, arXiv:2404.07904.
     """
     scale = 1.0 if scale is None else scale
     S = np.exp(g)[..., None] * state + np.einsum("bhk,bhv->bhkv", -np.expm1(g), v)

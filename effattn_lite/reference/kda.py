@@ -30,7 +30,7 @@ def recurrent(q, k, v, *, g, beta, scale=None, initial_state=None):
 
     Cost: B T HV (7 K V + 3 V + K) FLOPs: decay 1, read the key 2, outer product 1, add 1, read the query 2 an
     entry of the state; difference, strength and scale V each; K exponentials.
-    Source: Kimi Team 2025, arXiv:2510.26692, section 3. Differs: s and the shared heads are fla's.
+    Source: Kimi Team 2025, arXiv:2510.26692. Differs: s and the shared heads are fla's.
     """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -73,7 +73,7 @@ def parallel(q, k, v, *, g, beta, scale=None, initial_state=None):
 
     Cost: B HV (2 T^3 / 3 + T^2 (7 K + 4 V + 2) + T (6 K V + 4 K + 4 V) + 2 K V) FLOPs, cubic in T, since
     `np.linalg.solve` factors a matrix that is triangular already; and a table of T^2 K decays.
-    Source: the recurrence of Kimi Team 2025, arXiv:2510.26692, section 3, as one system.
+    Source: the recurrence of Kimi Team 2025, arXiv:2510.26692, as one system.
     """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -128,7 +128,7 @@ def chunkwise(q, k, v, *, g, beta, scale=None, initial_state=None, chunk_size=16
         o, [B, T, HV, V], and S_T, [B, HV, K, V].
 
     Cost: B HV (T C (9 K + 4 V + 1) + T C^2 + T (6 K V + 4 K + 3 V - 1) + 2 NC K V) FLOPs where C divides T.
-    Source: Kimi Team 2025, arXiv:2510.26692, section 3. Differs: the paper divides keys by their decays,
+    Source: Kimi Team 2025, arXiv:2510.26692. Differs: the paper divides keys by their decays,
     k / xi, which overflows where a gate is strong; here logarithms are subtracted first, at the price of a
     [C, C, K] table.
     """
@@ -187,7 +187,7 @@ def step(q, k, v, *, g, beta, state, scale=None):
         o, [B, HV, V], and S_t, [B, HV, K, V].
 
     Cost: B HV (7 K V + 3 V + K) FLOPs.
-    Source: Kimi Team 2025, arXiv:2510.26692, section 3.
+    Source: Kimi Team 2025, arXiv:2510.26692.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     share = v.shape[1] // q.shape[1]

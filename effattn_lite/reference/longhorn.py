@@ -45,7 +45,7 @@ def recurrent(q, k, v, *, beta, scale=None, initial_state=None):
 
     Cost: B T H (7 K V + 3 K + 5 V) FLOPs: factor 2, fade 1, outer product 1, add 1, read 2 an entry of the
     state; k^2 and its sum 3 K; epsilon 3, its product with v 1 and the scale 1 an entry of V.
-    Source: Liu et al. 2024, arXiv:2407.14207, section 3. Differs: the paper has one head, writes x for v and
+    Source: Liu et al. 2024, arXiv:2407.14207. Differs: the paper has one head, writes x for v and
     the state as its transpose; convolution, skip and gate are the layer's.
     """
     B, T, H, K = q.shape
@@ -126,7 +126,7 @@ def step(q, k, v, *, beta, state, scale=None):
         o, [B, H, V], and S_t, [B, H, K, V].
 
     Cost: B H (7 K V + 3 K + 5 V) FLOPs.
-    Source: Liu et al. 2024, arXiv:2407.14207, section 3.
+    Source: Liu et al. 2024, arXiv:2407.14207.
     """
     scale = 1.0 if scale is None else scale
     eps = beta / (1 + beta * np.einsum("bhk,bhk->bh", k, k)[..., None])

@@ -25,7 +25,7 @@ def recurrent(q, k, v, *, g, scale=None, initial_state=None):
         o, [B, T, HV, V], and S_T, [B, HV, K, V].
 
     Cost: B T HV (5 K V + V + 1) FLOPs: decay 1, outer product 1, add 1, read 2 an entry of S; scale V, exp 1.
-    Source: Dao and Gu 2024, arXiv:2405.21060, section 5. Differs: the paper writes C, B, X for q, k, v, N for
+    Source: Dao and Gu 2024, arXiv:2405.21060. Differs: the paper writes C, B, X for q, k, v, N for
     K and P for V; the discretisation, the skip D x and the gate are the layer's.
     """
     B, T, H, K = q.shape
@@ -64,7 +64,7 @@ def parallel(q, k, v, *, g, scale=None, initial_state=None):
 
     Cost: 2 B H T^2 K + B HV (T^2 (2 V + 3) + T (4 K V + 4 V + 4) + 2 K V + 1) FLOPs, quadratic in T: the
     scores are computed once a group.
-    Source: Dao and Gu 2024, arXiv:2405.21060, section 5. Differs: takes and returns a state.
+    Source: Dao and Gu 2024, arXiv:2405.21060. Differs: takes and returns a state.
     """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -157,7 +157,7 @@ def step(q, k, v, *, g, state, scale=None):
         o, [B, HV, V], and S_t, [B, HV, K, V].
 
     Cost: B HV (5 K V + V + 1) FLOPs.
-    Source: Dao and Gu 2024, arXiv:2405.21060, section 5.
+    Source: Dao and Gu 2024, arXiv:2405.21060.
     """
     scale = 1.0 if scale is None else scale
     # [B, HV, K]

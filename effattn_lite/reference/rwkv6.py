@@ -27,7 +27,7 @@ def recurrent(q, k, v, *, g, u, scale=None, initial_state=None):
 
     Cost: B T H (7 K V + K + V) FLOPs: outer product, bonus, add, decay, add, and 2 to read, an entry of S;
     exp K, scale V.
-    Source: Peng et al. 2024, arXiv:2404.05892, section 4.2. Differs: the paper writes r for q and w for e^g.
+    Source: Peng et al. 2024, arXiv:2404.05892. Differs: the paper writes r for q and w for e^g.
     """
     B, T, H, K = q.shape
     V = v.shape[-1]
@@ -161,7 +161,7 @@ def step(q, k, v, *, g, u, state, scale=None):
         o, [B, H, V], and S_t, [B, H, K, V].
 
     Cost: B H (7 K V + K + V) FLOPs.
-    Source: Peng et al. 2024, arXiv:2404.05892, section 4.2.
+    Source: Peng et al. 2024, arXiv:2404.05892.
     """
     scale = 1.0 if scale is None else scale
     kv = np.einsum("bhk,bhv->bhkv", k, v)

@@ -59,7 +59,7 @@ def hold_all(case, inputs, device, launches, **more):
     # where attention differentiates a score, two numbers as large as the largest gradient are subtracted
     largest = max((max_error(x, 0 * x) for name, x in want.items() if name[0] == "d"), default=0.0)
     for what in got:
-        magnitude = largest if what[0] == "d" and not case.row.stateful else 0.0
+        magnitude = largest if what in ("dq", "dk") and not case.row.stateful else 0.0
         hold(got[what], want[what], plain[what], case.dtype, what, magnitude)
 
 
