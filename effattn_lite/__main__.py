@@ -62,7 +62,7 @@ def where(known):
             "  inputs     " + ", ".join(f"{t} [{axes.replace(' ', ', ')}]" for t, axes in row.inputs.items())
         )
     if row.state:
-        print(f"  state      [{row.state.replace(' ', ', ')}]")
+        print("  state      " + ", ".join(f"[{axes.replace(' ', ', ')}]" for axes in row.states))
     for other, setting in row.reduces_to.items():
         print(f"  is {other} where {setting}")
 

@@ -10,6 +10,7 @@ AXES = {
     "K": "key dimension of one head",
     "V": "value dimension of one head",
     "D": "model width",
+    "M": "features or memory slots of one head; states of one channel in Mamba",
     "C": "tokens in a chunk",
     "NC": "chunks of a sequence, ceil(T / C)",
     "W": "tokens in a sliding window, the query's own included",

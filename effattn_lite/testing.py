@@ -14,10 +14,13 @@ from effattn_lite.registry import find
 __all__ = [
     "EPS",
     "HARD",
+    "WIDE",
     "budget",
     "count_flops",
+    "flat",
     "make_inputs",
     "max_error",
+    "on_parts",
     "relative_error",
     "round_to",
     "run_op",
@@ -30,12 +33,18 @@ __all__ = [
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Unit roundoff of each dtype: distance from 1 to the next number."""
 
+TINY = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+"""Smallest positive number of each dtype."""
+
+WIDE = ("g", "u", "dt", "A", "initial_state")
+"""Tensors that stay float32 or wider, whatever the dtype of q, k and v."""
+
 HARD = ("weak", "strong", "zero", "repeated")
 
 
-def sizes_of(*, B=2, T=48, H=2, HV=None, HKV=None, K=16, V=24):
+def sizes_of(*, B=2, T=48, H=2, HV=None, HKV=None, K=16, V=24, D=20, M=12):
     """Sizes of all axes; HV and HKV follow H unless given."""
-    return dict(B=B, T=T, H=H, HV=HV or H, HKV=HKV or H, K=K, V=V)
+    return dict(B=B, T=T, H=H, HV=HV or H, HKV=HKV or H, K=K, V=V, D=D, M=M)
 
 
 def make_inputs(name, *, seed=0, hard=None, state=False, dtype="float64", **sizes):
@@ -46,25 +55,31 @@ def make_inputs(name, *, seed=0, hard=None, state=False, dtype="float64", **size
         seed: of `numpy.random.default_rng`.
         hard: None, or a stress: "weak" decay (nothing is forgotten), "strong" (g = -20 a token),
             "zero" (all keys 0), "repeated" (the same key at every token).
-        state: add "initial_state", drawn normal.
+        state: add "initial_state", drawn normal; a state of several parts is one that 8 other tokens leave.
         dtype: values are rounded to it ("bfloat16" too), then returned as float64 or, for float32
             and float16, as that dtype; a kernel and its float64 reference so see the same numbers.
-        **sizes: any of B, T, H, HV, HKV, K, V.
+        **sizes: any of B, T, H, HV, HKV, K, V, D, M.
 
     Raises:
         ValueError: unknown method or stress.
     """
-    row, sizes = find(name), sizes_of(**sizes)
+    row, full = find(name), sizes_of(**sizes)
     if hard not in (None, *HARD):
         raise ValueError(f"hard is {hard!r}, expected one of {(None, *HARD)}")
     rng = np.random.default_rng(seed)
     axes = dict(row.inputs)
-    if state and row.state:
+    if state and isinstance(row.state, str):
         axes["initial_state"] = row.state
-    drawn = {t: _draw(rng, t, [sizes[a] for a in ax.split()], hard) for t, ax in axes.items()}
+    drawn = {t: _draw(rng, t, [full[a] for a in ax.split()], hard) for t, ax in axes.items()}
     for t in row.unit:
         drawn[t] = drawn[t] / np.maximum(np.linalg.norm(drawn[t], axis=-1, keepdims=True), 1e-12)
-    return {t: round_to(x, dtype) for t, x in drawn.items()}
+    drawn = {t: round_to(x, dtype) for t, x in drawn.items()}
+    if state and isinstance(row.state, tuple):
+        # parts of a state belong together (a normaliser is no free number): it is what a short text leaves
+        text = make_inputs(name, seed=seed + 1, **sizes | dict(T=8))
+        parts = run_reference(name, text, **row.options[0])[1]
+        drawn["initial_state"] = tuple(round_to(x, "float32" if dtype != "float64" else dtype) for x in parts)
+    return drawn
 
 
 def _draw(rng, tensor, shape, hard):
@@ -72,6 +87,10 @@ def _draw(rng, tensor, shape, hard):
         return _log_decay(rng, shape, hard)
     if tensor == "beta":
         return 1 / (1 + np.exp(-rng.normal(size=shape)))
+    if tensor == "dt":
+        return np.exp(rng.uniform(np.log(1e-3), np.log(0.3), size=shape))
+    if tensor == "A":
+        return -np.exp(rng.normal(size=shape))
     x = rng.normal(size=shape)
     if tensor == "k" and hard == "zero":
         return np.zeros(shape)
@@ -99,6 +118,18 @@ def round_to(x, dtype):
     return np.asarray(x, dtype)
 
 
+def flat(x):
+    """The parts of x in one tuple: a state may have several, and stand in a tuple itself."""
+    return tuple(part for y in x for part in flat(y)) if isinstance(x, tuple) else (x,)
+
+
+def on_parts(function, *x):
+    """A function of every part of x, in a tuple where x is one; several x go part by part."""
+    if isinstance(x[0], tuple):
+        return tuple(on_parts(function, *parts) for parts in zip(*x, strict=True))
+    return function(*x)
+
+
 def to_torch(inputs, *, dtype="float64", device="cpu", requires_grad=False):
     """The same inputs as torch tensors; states and log decays stay float32 or wider."""
     import torch
@@ -106,16 +137,16 @@ def to_torch(inputs, *, dtype="float64", device="cpu", requires_grad=False):
     wide = torch.float64 if dtype == "float64" else torch.float32
 
     def convert(name, x):
-        kind = wide if name in ("g", "u", "initial_state") else getattr(torch, dtype)
+        kind = wide if name in WIDE else getattr(torch, dtype)
         return torch.tensor(np.asarray(x), dtype=kind, device=device).requires_grad_(requires_grad)
 
-    return {name: convert(name, x) for name, x in inputs.items()}
+    return {name: on_parts(lambda part, name=name: convert(name, part), x) for name, x in inputs.items()}
 
 
 def max_error(a, b):
     """Largest absolute difference of two arrays, tensors or tuples of them; NaN counts as infinite."""
     if isinstance(a, tuple):
-        return max(max_error(x, y) for x, y in zip(a, b, strict=True))
+        return max(max_error(x, y) for x, y in zip(flat(a), flat(b), strict=True))
     a, b = to_numpy(a), to_numpy(b)
     if a.shape != b.shape:
         raise ValueError(f"shapes differ: {a.shape} and {b.shape}")
@@ -133,24 +164,33 @@ def to_numpy(x):
     return np.asarray(x, np.float64)
 
 
-def budget(reference, plain, dtype, *, factor=2.0, magnitude=0.0):
-    """Largest error a kernel may have: `factor * (err(plain) + eps * max(max|reference|, magnitude))`.
+def budget(reference, plain, dtype, *, factor=2.0, magnitude=0.0, terms=0):
+    r"""Largest error that a kernel may have.
+
+    .. math:: f\,\bigl(\mathrm{err}(plain) + (\epsilon + \sqrt{n}\,\epsilon_{32})\,m + \eta\bigr)
+
+    plain torch sums in an order of its own, often pairwise; whoever sums n terms one after the other in
+    float32 rounds n times, and random roundings add up as their root (Higham and Mary 2019).
 
     Args:
         reference: the answer in float64.
         plain: the same computed by plain torch in the kernel's dtype.
         dtype: the kernel's input dtype.
         factor: 2 for outputs, 3 for gradients (flash-attention's and attention-gym's rule).
-        magnitude: size of numbers that cancel on the way to the answer, where it is larger than the answer.
+        magnitude: m, if larger than the answer itself: size of numbers that cancel on the way to it.
+        terms: n, the longest product that a kernel adds up term by term, as K of q k.
+
+    eta is the smallest number of the dtype: an operand of a product may underflow.
     """
     ref = to_numpy(reference)
     top = max(np.abs(ref[np.isfinite(ref)]).max(initial=0.0), magnitude)
-    return factor * (max_error(reference, plain) + EPS[dtype] * float(top))
+    eps = EPS[dtype] + (terms**0.5 * EPS["float32"] if dtype != "float64" else 0.0)
+    return factor * (max_error(reference, plain) + eps * float(top) + TINY[dtype])
 
 
 def relative_error(a, b):
     """`max_error` over the largest finite value of b; where b is all zero, `max_error` itself."""
-    parts = [to_numpy(x) for x in (b if isinstance(b, tuple) else (b,))]
+    parts = [to_numpy(x) for x in flat(b)]
     top = max(np.abs(x[np.isfinite(x)]).max(initial=0.0) for x in parts)
     return max_error(a, b) / (float(top) or 1.0)
 
@@ -163,7 +203,8 @@ def run_reference(name, inputs, *, form=None, **options):
     """
     row = find(name)
     module = importlib.import_module(f"effattn_lite.reference.{row.name}")
-    wide = {tensor: np.asarray(x, np.float64) for tensor, x in inputs.items()}
+
+    wide = {t: on_parts(lambda part: np.asarray(part, np.float64), x) for t, x in inputs.items()}
     return getattr(module, form or row.forms[0])(**wide, **options)
 
 

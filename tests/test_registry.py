@@ -13,7 +13,7 @@ def test_a_row_uses_known_words(row):
     assert row.name.isidentifier() and row.name == row.name.lower()
     assert row.family in FAMILIES and set(row.rooms) <= set(ROOMS)
     assert row.chapter in CHAPTERS
-    axes = {axis for spec in (*row.inputs.values(), row.state or "") for axis in spec.split()}
+    axes = {axis for spec in (*row.inputs.values(), *row.states) for axis in spec.split()}
     assert axes <= set(notation.AXES)
 
 

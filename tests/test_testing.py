@@ -7,8 +7,10 @@ import torch
 from effattn_lite.testing import (
     budget,
     count_flops,
+    flat,
     make_inputs,
     max_error,
+    on_parts,
     relative_error,
     round_to,
     to_torch,
@@ -93,7 +95,20 @@ def test_errors():
 
 
 def test_budget_is_twice_the_error_of_plain_torch():
-    assert budget([1.0, -4.0], [1.5, -4.0], "float16") == 2 * (0.5 + 4 * 2.0**-10)
+    assert budget([1.0, -4.0], [1.5, -4.0], "float16") == 2 * (0.5 + 4 * 2.0**-10 + 2.0**-24)
+
+
+def test_budget_grows_with_the_root_of_what_is_summed():
+    assert budget([1.0], [1.0], "float32", factor=3.0, terms=256) == 3 * (17 * 2.0**-23 + 2.0**-149)
+    assert budget([1.0], [1.0], "float64", terms=256) == 2 * 2.0**-52
+
+
+def test_a_state_of_several_parts_is_one_that_a_text_leaves():
+    nested = (1, (2, (3,)))
+    assert flat(nested) == (1, 2, 3) and flat(7) == (7,)
+    assert on_parts(lambda x, y: x + y, nested, nested) == (2, (4, (6,)))
+    tensors = to_torch({"initial_state": (np.ones(2), np.zeros(3))}, dtype="float16")
+    assert [x.dtype for x in tensors["initial_state"]] == [torch.float32] * 2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

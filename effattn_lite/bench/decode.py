@@ -6,7 +6,7 @@ import torch
 
 from effattn_lite.bench.time_op import time_ms
 from effattn_lite.registry import find
-from effattn_lite.testing import make_inputs, to_torch
+from effattn_lite.testing import flat, make_inputs, to_torch
 
 __all__ = ["decode_rows"]
 
@@ -32,7 +32,10 @@ def decode_rows(name, sizes, options, *, dtype, device, ceiling):
         return step(**token, state=state, out_state=state, **options)
 
     base = {"op": name, "options": dict(options), "shape": sizes | {"T": 1}, "dtype": dtype, "pass": "step"}
-    base |= {"floor_ms": 2 * state.nbytes / ceiling["copy_tb_s"] / 1e9, "peak_mib": None}
+    base |= {
+        "floor_ms": 2 * sum(x.nbytes for x in flat(state)) / ceiling["copy_tb_s"] / 1e9,
+        "peak_mib": None,
+    }
     impl = "triton" if device != "cpu" else "torch"
     with torch.no_grad():
         rows = [base | {"impl": impl, "ms": time_ms(call, device=device)}]

@@ -39,7 +39,7 @@ def ideal(name, sizes, options, *, backward=False, itemsize=2):
     tokens = sizes["B"] * sizes["T"]
     moved = itemsize * (sum(count.values()) + tokens * sizes["H"] * sizes["V"])
     if row.stateful:
-        state = int(np.prod([sizes[a] for a in row.state.split()[1:]]))
+        state = sum(int(np.prod([sizes[a] for a in axes.split()[1:]])) for axes in row.states)
         flops, more = 4 * tokens * state, 2.0
     else:
         seen = sizes["B"] * sizes["H"] * pairs(sizes["T"], **options)

@@ -41,7 +41,7 @@ class Method:
         rooms: what the project promises for it, a subset of ROOMS.
         inputs: tensor name -> axes by `notation.AXES`, separated by blanks; all are passed by keyword.
         unit: tensors whose last axis has length 1 in real use, as keys of a delta rule; tests draw them so.
-        state: axes of the carried state, or None.
+        state: axes of the carried state, a tuple of them where it has several parts, or None.
         forms: functions of the reference that compute the same output; the first is the plainest.
         options: static keyword arguments the laws run with, one run a mapping.
         engine: file in ops/engines/ and kernels/ that computes it.
@@ -61,7 +61,7 @@ class Method:
     rooms: tuple[str, ...] = ("reference", "op", "kernel", "layer")
     inputs: Mapping[str, str] = field(default_factory=lambda: EMPTY)
     unit: tuple[str, ...] = ()
-    state: str | None = None
+    state: str | tuple[str, ...] | None = None
     forms: tuple[str, ...] = ()
     options: tuple[Mapping[str, object], ...] = (EMPTY,)
     engine: str | None = None
@@ -70,6 +70,11 @@ class Method:
     aliases: tuple[str, ...] = ()
     causal: bool = True
     differentiable: bool = True
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Axes of every part of the carried state; none if nothing is carried."""
+        return (self.state,) if isinstance(self.state, str) else self.state or ()
 
     @property
     def stateful(self) -> bool:

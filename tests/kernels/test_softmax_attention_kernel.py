@@ -168,13 +168,14 @@ def draw(B, T, Tk, H, HKV, K, V, dtype, device):
 def hold(got, want, plain, dtype):
     """The law's budget for (o, lse, dq, dk, dv)."""
     name = str(dtype).removeprefix("torch.")
+    terms = max(want[2].shape[-1], want[4].shape[-1])
     # the gradient of a score is a difference of two products, each as large as the largest gradient
     cancels = max(float(x.abs().max()) if x.numel() else 0.0 for x in want[2:])
     for what, g, w, p, factor in zip(
         ("o", "lse", "dq", "dk", "dv"), got, want, plain, (2, 2, 3, 3, 3), strict=True
     ):
         magnitude = cancels if what in ("dq", "dk") else 0.0
-        error, limit = max_error(g, w), budget(w, p, name, factor=factor, magnitude=magnitude)
+        error, limit = max_error(g, w), budget(w, p, name, factor=factor, magnitude=magnitude, terms=terms)
         assert error <= limit, f"{what}: error {error:.2e}, budget {limit:.2e}"
 
 

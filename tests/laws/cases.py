@@ -39,13 +39,13 @@ class Case:
         made = testing.make_inputs(
             self.name, hard=self.hard, state=state, dtype=self.dtype, **self.sizes | more
         )
-        for x in made.values():
+        for x in testing.flat(tuple(made.values())):
             x.setflags(write=False)
         return made
 
     def tensors(self, *, state=True, device="cpu", requires_grad=False, **more):
         """The same as torch tensors."""
-        made = {name: np.array(x) for name, x in self.inputs(state=state, **more).items()}
+        made = {name: testing.on_parts(np.array, x) for name, x in self.inputs(state=state, **more).items()}
         return testing.to_torch(made, dtype=self.dtype, device=device, requires_grad=requires_grad)
 
 
@@ -106,5 +106,15 @@ def changed(case, inputs, t):
 
 def row_of(case, inputs, b):
     """The inputs of batch row b alone, as a batch of one."""
-    axes = {**case.row.inputs, "initial_state": case.row.state or ""}
-    return {name: x[b : b + 1] if axes[name].startswith("B ") else x for name, x in inputs.items()}
+
+    def alone(name, x):
+        batched = case.row.inputs.get(name, "B").startswith("B")
+        return testing.on_parts(lambda part: part[b : b + 1] if batched else part, x)
+
+    return {name: alone(name, x) for name, x in inputs.items()}
+
+
+def repeated(case, name):
+    """Of a tensor, its first batch row twice; a tensor that all rows share stays as it is."""
+    batched = case.row.inputs.get(name, "B").startswith("B")
+    return lambda x: x[:1].expand(2, *x.shape[1:]) if batched else x

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cases import SIZES, cases, causal, changed, row_of, stateful, stressed, tokens
 
-from effattn_lite.testing import count_flops, relative_error, run_reference, sizes_of
+from effattn_lite.testing import count_flops, flat, on_parts, relative_error, run_reference, sizes_of
 
 RTOL = 1e-10
 STRESSES = (None, "weak", "strong", "zero", "repeated")
@@ -56,15 +56,11 @@ def test_halves(case):
 @pytest.mark.parametrize("case", cases("reference", stateful))
 def test_zeros_are_the_default_state(case):
     inputs = case.inputs(state=False)
-    zeros = np.zeros_like(case.inputs()["initial_state"])
+    zeros = on_parts(np.zeros_like, case.inputs()["initial_state"])
     for form in case.row.forms:
         plain = run_reference(case.name, inputs, form=form, **case.options)
-        assert (
-            relative_error(
-                plain, run_reference(case.name, inputs | {"initial_state": zeros}, form=form, **case.options)
-            )
-            < RTOL
-        )
+        given = run_reference(case.name, inputs | {"initial_state": zeros}, form=form, **case.options)
+        assert relative_error(plain, given) < RTOL
 
 
 @pytest.mark.parametrize("case", cases("reference", stateful))
@@ -104,7 +100,3 @@ def test_cost(case):
             # a state is kept in float32, whatever the inputs' dtype
             assert cost["state_bytes"] == 4 * sum(x.size for x in flat(state))
     assert module.cost(form=form, **given, itemsize=4)["bytes"] > cost["bytes"]
-
-
-def flat(x):
-    return x if isinstance(x, tuple) else (x,)
