@@ -41,7 +41,7 @@ def _table(record):
     for row in record["rows"]:
         size = row["shape"]
         options = "".join(f", {key} {value}" for key, value in row.get("options", {}).items())
-        at = f"B {size['B']}, H {size['H']}, K {size['K']}, {row['dtype']}"
+        at = ", ".join([f"{axis} {size[axis]}" for axis in "BHKD" if axis in size] + [row["dtype"]])
         runs.setdefault((f"{row['op']}{options}", row["pass"], size["T"], at), {})[row["impl"]] = row
     lines = [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
     lines += [f"| {' | '.join(_cells(op, which, T, found))} |" for (op, which, T, _), found in runs.items()]

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from effattn_lite.bench.fla_peers import FLA
+
 __all__ = ["forget_tuning", "peers_of"]
 
 
@@ -15,10 +17,10 @@ def peers_of(name, inputs, options):
 
     Each label says where the peer computes something else than the op does.
     """
-    if not inputs["q"].is_cuda:
+    if not next(iter(inputs.values())).is_cuda:
         return {}
-    if name in DECAY:
-        return DECAY[name](**inputs) if importlib.util.find_spec("fla") else {}
+    if name in FLA:
+        return dict([FLA[name](**inputs)]) if importlib.util.find_spec("fla") else {}
     if options.get("sink_logits") is not None or name not in (
         "softmax_attention",
         "sliding_window",
@@ -64,34 +66,6 @@ def _softmax_peers(name, options, q, k, v):
         sinks = options.get("sinks") or options.get("sink_blocks")
         peers["FlashAttention-2 window" + (", without sinks" if sinks else "")] = window(tokens)
     return peers
-
-
-def _retnet(q, k, v):
-    from fla.ops.retention import chunk_retention
-
-    return {"fla chunk_retention": lambda: chunk_retention(q, k, v)[0]}
-
-
-def _lightning(q, k, v, g):
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    return {
-        "fla chunk_simple_gla, without dg": lambda: chunk_simple_gla(q, k, v, g_gamma=g.detach(), scale=1.0)[
-            0
-        ]
-    }
-
-
-def _rwkv5(q, k, v, g, u):
-    from fla.ops.rwkv6 import chunk_rwkv6
-
-    # rwkv6 takes a decay a token: the constant one, seen at every token
-    w = g.detach().to(q.dtype).expand(*q.shape).contiguous().requires_grad_()
-    u = u.detach().to(q.dtype)
-    return {"fla chunk_rwkv6, without du": lambda: chunk_rwkv6(q, k, v, w, u, scale=1.0)[0]}
-
-
-DECAY = {"retnet": _retnet, "lightning_attention": _lightning, "rwkv5": _rwkv5}
 
 
 def forget_tuning():

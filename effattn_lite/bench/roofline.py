@@ -8,6 +8,7 @@ import torch
 
 from effattn_lite.bench.time_op import time_ms
 from effattn_lite.registry import find
+from effattn_lite.testing import WIDE
 
 __all__ = ["ceilings", "floor_ms", "ideal", "pairs"]
 
@@ -35,9 +36,15 @@ def ideal(name, sizes, options, *, backward=False, itemsize=2):
     more; softmax takes 2 (K + V) a pair of tokens that see each other, its backward 2.5 times as much more.
     """
     row = find(name)
-    count = {t: int(np.prod([sizes[a] for a in axes.split()])) for t, axes in row.inputs.items()}
     tokens = sizes["B"] * sizes["T"]
-    moved = itemsize * (sum(count.values()) + tokens * sizes["H"] * sizes["V"])
+    moved = 0
+    for tensor, axes in row.inputs.items():
+        # gates are float32 whatever the dtype
+        moved += (4 if tensor in WIDE else itemsize) * int(np.prod([sizes[a] for a in axes.split()]))
+    letters = set(" ".join(row.inputs.values()).split())
+    heads = sizes["HV" if "HV" in letters else "H"]
+    outputs = heads * sizes["V"] if "V" in letters else sizes["D"]
+    moved += itemsize * tokens * outputs
     if row.stateful:
         state = sum(int(np.prod([sizes[a] for a in axes.split()[1:]])) for axes in row.states)
         flops, more = 4 * tokens * state, 2.0

@@ -5,8 +5,9 @@ import importlib
 import torch
 
 from effattn_lite.bench.decode import decode_rows
+from effattn_lite.bench.fla_peers import FLA
 from effattn_lite.bench.memory import peak_mib
-from effattn_lite.bench.peers import DECAY, forget_tuning, peers_of
+from effattn_lite.bench.peers import forget_tuning, peers_of
 from effattn_lite.bench.roofline import floor_ms, ideal
 from effattn_lite.bench.time_op import backward_of, first_call_s, time_ms
 from effattn_lite.registry import find
@@ -30,9 +31,11 @@ PEERED = (8_192, 32_768)
 
 
 def shapes(device, lengths=None):
-    """Sizes to run at: one sequence of 16 heads of 128 on the GPU, 2 heads of 32 on the CPU."""
+    """Sizes to run at: one sequence of 16 heads of 128, or of 2048 channels, on the GPU; less on the CPU."""
     gpu = device != "cpu"
-    size = dict(B=1, H=16, HKV=16, HV=16, K=128, V=128) if gpu else dict(B=1, H=2, HKV=2, HV=2, K=32, V=32)
+    size = dict(B=1, H=16, HKV=16, HV=16, K=128, V=128, D=2048, M=16)
+    if not gpu:
+        size |= dict(H=2, HKV=2, HV=2, K=32, V=32, D=64, M=8)
     return [size | {"T": T} for T in lengths or ((2_048, 8_192, 32_768, 131_072) if gpu else (128, 512))]
 
 
@@ -88,7 +91,8 @@ def rows_of(name, *, device, dtype, ceiling, lengths=None, peers=True, report=pr
 
 
 def _row(name, impl, options, sizes, dtype, which, ms, floor=None, peak=None):
-    shape = {axis: sizes[axis] for axis in "BTHKV"}
+    axes = {"B", "T", *" ".join(find(name).inputs.values()).split()}
+    shape = {axis: sizes[axis] for axis in "BTHKVDM" if axis in axes}
     return {
         "op": name, "impl": impl, "options": options, "shape": shape, "dtype": dtype, "pass": which,
         "ms": ms, "floor_ms": floor, "peak_mib": peak,
@@ -102,7 +106,7 @@ def _forward_rows(name, sizes, options, device, dtype, ceiling, peers):
     calls = {"triton": forward_of(name, inputs, options, impl="triton")} if gpu else {}
     if not gpu or (peers and sizes["T"] <= EAGER):
         calls["torch"] = forward_of(name, inputs, options, impl="torch")
-    if peers and (sizes["T"] in PEERED or name not in DECAY):
+    if peers and (sizes["T"] in PEERED or name not in FLA):
         calls |= peers_of(name, inputs, options)
     passes = ("forward", "forward+backward")[: 2 if find(name).differentiable else 1]
     for impl, forward in calls.items():
