@@ -1,7 +1,8 @@
-"""What the layers share: their interface, rotary positions and the norms after a read-out."""
+"""What the layers share: their interface, rotary positions, norms after a read-out, a short convolution."""
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 Cache = dict[str, torch.Tensor]
 """What decoding carries from one token to the next; its memory is the sum of `nbytes`."""
@@ -162,3 +163,64 @@ class HeadNorm(nn.Module):
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype)
+
+
+class ShortConvolution(nn.Module):
+    r"""Mix each channel with its last few tokens, then SiLU: an n-gram's worth of position, before a state.
+
+    .. math:: y_t = \mathrm{SiLU}\Bigl(b + \sum_{i=0}^{n-1} w_i \odot x_{t-n+1+i}\Bigr)
+
+    Tokens before the first are zero; in packed sequences no token sees another sequence.
+
+    Args:
+        width: D channels, each convolved by itself.
+        size: n taps, the last of which is the token's own.
+        bias: learn b as well.
+
+    Cost: 2 B T D n FLOPs.
+    Cache: the tail, the last n - 1 inputs, [N, n - 1, D].
+    """
+
+    def __init__(self, width: int, size: int = 4, *, bias: bool = False):
+        super().__init__()
+        self.size = size
+        # first values as nn.Conv1d draws them
+        self.weight = nn.Parameter(torch.empty(width, size).uniform_(-(size**-0.5), size**-0.5))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def prefill(
+        self, x: torch.Tensor, tail: torch.Tensor | None = None, *, cu_seqlens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next T tokens, x [B, T, D], after the tail; returns y and the tail after them.
+
+        Packed sequences, which exclude a tail on the way in, leave one each.
+        """
+        B, T, D = x.shape
+        before = self.size - 1
+        if tail is None:
+            tail = x.new_zeros(B, before, D)
+        window = torch.cat((tail, x), dim=1)  # [B, n - 1 + T, D]
+        seen = None
+        # a copy: a view would keep the whole window alive in the cache
+        end = window[:, T:].clone()
+        if cu_seqlens is not None:
+            token = torch.arange(T, device=x.device)
+            owner = torch.searchsorted(cu_seqlens, token.to(cu_seqlens.dtype), right=True) - 1
+            seen = token - cu_seqlens[owner]
+            last = cu_seqlens[1:, None] + torch.arange(before, device=x.device)  # [N, n - 1], in window
+            inside = last - before >= cu_seqlens[:-1, None]
+            end = window[0, last].masked_fill(~inside[..., None], 0)
+        wide = window.to(torch.promote_types(x.dtype, torch.float32))
+        taps = [wide[:, i : i + T] for i in range(self.size)]
+        if seen is not None:
+            taps = [z.masked_fill((seen < before - i)[:, None], 0) for i, z in enumerate(taps)]
+        return self._mix(taps).to(x.dtype), end
+
+    def step(self, x: torch.Tensor, tail: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token, x [B, D]; returns y [B, D] and the tail after it."""
+        y, tail = self.prefill(x[:, None], tail)
+        return y[:, 0], tail
+
+    def _mix(self, taps):
+        y = sum(z * w for z, w in zip(taps, self.weight.unbind(1), strict=True))
+        return F.silu(y if self.bias is None else y + self.bias)
