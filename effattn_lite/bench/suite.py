@@ -63,6 +63,8 @@ def forward_of(name, inputs, options, *, impl):
 def rows_of(name, *, device, dtype, ceiling, lengths=None, peers=True, report=print):
     """All rows of a method: its op, plain torch, the peers, decoding, and the first call in a fresh process.
 
+    The first call, which compiles, is left out where lengths are chosen.
+
     Args:
         name: a method whose op stands.
         device, dtype: "cuda" or "cpu"; "bfloat16" on the GPU, as a rule.
@@ -83,7 +85,7 @@ def rows_of(name, *, device, dtype, ceiling, lengths=None, peers=True, report=pr
             for row in _forward_rows(name, sizes, dict(options), device, dtype, ceiling, peers):
                 add([row])
         add(decode_rows(name, sizes | {"B": 64}, options, dtype=dtype, device=device, ceiling=ceiling))
-    if device != "cpu" and find(name).differentiable:
+    if device != "cpu" and find(name).differentiable and not lengths:
         sizes, options = shapes(device)[0], dict(OPTIONS.get(name, find(name).options)[0])
         seconds = first_call_s(name, sizes, options, dtype)
         add([_row(name, "triton", options, sizes, dtype, "first call", 1e3 * seconds)])

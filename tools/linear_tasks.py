@@ -1,0 +1,147 @@
+"""Which linear mixers recall, which track a state? Writes book/_results/linear_tasks.json.
+
+    python tools/linear_tasks.py --device cuda --jobs 12
+    python tools/linear_tasks.py --mixers softmax_attention deltanet --tasks mqar --rates 1e-2 --seeds 1
+
+Every mixer is its package layer with its own defaults, in the same reader (`effattn_lite.train.Reader`): two
+layers, a short convolution before each mixer for recall, an MLP behind it for parity. The learning rate is
+swept, since the order of the mixers depends on it.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import multiprocessing
+import platform
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from effattn_lite import __version__, registry  # noqa: E402
+from effattn_lite.tasks import mqar, state_tracking  # noqa: E402
+from effattn_lite.train import Reader, evaluate, train  # noqa: E402
+
+TASKS = {
+    "mqar": dict(vocab=512, width=16, heads=1, steps=1500, batch=64),
+    "parity": dict(vocab=2, width=32, heads=2, steps=2000, batch=64, feed_forward=True, convolution=0),
+}
+"""Sizes of the reader and of the training; MQAR asks 16 pairs in 64 tokens, parity up to 40 bits."""
+
+
+def words(rng, batch):
+    """A batch of parity texts of one length between 3 and 40."""
+    return state_tracking.parity(rng, batch=batch, length=int(rng.integers(3, 41)))
+
+
+def run(job):
+    """Train one mixer at one rate from one seed; a row of the record."""
+    name, task, lr, seed, device = job
+    torch.set_num_threads(1)
+    how = dict(TASKS[task])
+    steps, batch, heads = how.pop("steps"), how.pop("batch"), how.pop("heads")
+    row = registry.find(name)
+    layer = getattr(importlib.import_module(f"effattn_lite.layers.{name}"), row.layer)
+    torch.manual_seed(seed)
+    model = Reader(lambda: layer(how["width"], heads), **how).to(device)
+    if task == "mqar":
+        draw = functools.partial(mqar.draw, batch=batch)
+        tests = {"accuracy": draw}
+    else:
+        draw = functools.partial(words, batch=batch)
+        tests = {
+            f"accuracy at {n}": functools.partial(last_of_parity, batch=batch, length=n) for n in (40, 128)
+        }
+    found = train(model, draw, steps=steps, lr=lr, seed=seed)
+    scores = {key: round(evaluate(model, test), 4) for key, test in tests.items()}
+    return {
+        "task": task, "mixer": name, "lr": lr, "seed": seed, **scores, "loss": round(found["loss"], 4),
+        "seconds": round(found["seconds"], 1), "state": floats(model, how["width"], device),
+    }  # fmt: skip
+
+
+def last_of_parity(rng, batch, length):
+    """Parity texts where only the last bit is asked."""
+    tokens, targets = state_tracking.parity(rng, batch=batch, length=length)
+    targets[:, :-1] = -100
+    return tokens, targets
+
+
+@torch.no_grad()
+def floats(model, width, device):
+    """Numbers that one layer carries from token to token after 64 tokens of one text."""
+    cache = model.blocks[0]["mixer"].prefill(torch.zeros(1, 64, width, device=device))[1]
+    return sum(x.numel() for x in leaves(cache))
+
+
+def leaves(cache):
+    if isinstance(cache, torch.Tensor):
+        return [cache]
+    parts = cache.values() if isinstance(cache, dict) else cache or ()
+    return [leaf for part in parts for leaf in leaves(part)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--mixers", nargs="+", default=None)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", default=str(ROOT / "book" / "_results" / "linear_tasks.json"))
+    known = parser.parse_args()
+    mixers = known.mixers or [
+        n
+        for n in registry.names("layer")
+        if registry.find(n).causal and "linear/" in registry.find(n).chapter
+    ] + ["softmax_attention"]
+    jobs = [
+        (name, task, lr, seed, known.device)
+        for seed in range(known.seeds)
+        for lr in known.rates
+        for task in known.tasks
+        for name in mixers
+    ]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
+    ).stdout.strip()
+    record = {
+        "name": "linear_tasks",
+        "device": torch.cuda.get_device_name() if known.device != "cpu" else platform.processor() or "CPU",
+        "date": str(date.today()),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "effattn_lite": __version__,
+        },
+        "commit": commit,
+        "command": "python tools/linear_tasks.py " + " ".join(sys.argv[1:]),
+        "tasks": TASKS,
+        "rows": [],
+    }
+    np.random.seed(0)
+    with multiprocessing.get_context("spawn").Pool(known.jobs) as pool:
+        for row in pool.imap_unordered(guarded, jobs):
+            print(json.dumps(row), flush=True)
+            record["rows"].append(row)
+            Path(known.out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def guarded(job):
+    """A mixer that fails is a row less and a line more, not the end of the others."""
+    try:
+        return run(job)
+    except Exception as error:
+        return {"task": job[1], "mixer": job[0], "lr": job[2], "seed": job[3], "error": str(error)[:200]}
+
+
+if __name__ == "__main__":
+    main()
