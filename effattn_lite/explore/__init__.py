@@ -8,8 +8,11 @@ from importlib import import_module
 MODULES = {
     "AttentionSinks": "attention_sinks",
     "DecayClocks": "decay_clocks",
+    "LaunchGrid": "launch_grid",
     "MethodMap": "method_map",
     "OnlineSoftmax": "online_softmax",
+    "Roofline": "roofline",
+    "ThreeForms": "three_forms",
 }
 """Class of a figure -> the module of this folder that has it."""
 
