@@ -55,7 +55,8 @@ def make_inputs(name, *, seed=0, hard=None, state=False, dtype="float64", **size
         seed: of `numpy.random.default_rng`.
         hard: None, or a stress: "weak" decay (nothing is forgotten), "strong" (g = -20 a token),
             "zero" (all keys 0), "repeated" (the same key at every token).
-        state: add "initial_state", drawn normal; a state of several parts is one that 8 other tokens leave.
+        state: add "initial_state", drawn normal; a state of several parts, or with an axis that no input has,
+            is one that 8 other tokens leave.
         dtype: values are rounded to it ("bfloat16" too), then returned as float64 or, for float32
             and float16, as that dtype; a kernel and its float64 reference so see the same numbers.
         **sizes: any of B, T, H, HV, HKV, K, V, D, M.
@@ -68,33 +69,48 @@ def make_inputs(name, *, seed=0, hard=None, state=False, dtype="float64", **size
         raise ValueError(f"hard is {hard!r}, expected one of {(None, *HARD)}")
     rng = np.random.default_rng(seed)
     axes = dict(row.inputs)
-    if state and isinstance(row.state, str):
+    # an axis that no input has, as a feature map's, is the method's own to size
+    known = {a for spec in axes.values() for a in spec.split()}
+    left = isinstance(row.state, tuple) or any(a not in known for part in row.states for a in part.split())
+    if state and row.stateful and not left:
         axes["initial_state"] = row.state
     drawn = {t: _draw(rng, t, [full[a] for a in ax.split()], hard) for t, ax in axes.items()}
     for t in row.unit:
         drawn[t] = drawn[t] / np.maximum(np.linalg.norm(drawn[t], axis=-1, keepdims=True), 1e-12)
+    if {"a", "b"} <= set(axes):  # b takes a share of what a finds away, so that no state grows
+        drawn["b"] = -drawn["a"] / (1 + np.exp(-drawn["b"]))
     drawn = {t: round_to(x, dtype) for t, x in drawn.items()}
-    if state and isinstance(row.state, tuple):
+    if state and left:
         # parts of a state belong together (a normaliser is no free number): it is what a short text leaves
         text = make_inputs(name, seed=seed + 1, **sizes | dict(T=8))
         parts = run_reference(name, text, **row.options[0])[1]
-        drawn["initial_state"] = tuple(round_to(x, "float32" if dtype != "float64" else dtype) for x in parts)
+        wide = "float32" if dtype != "float64" else dtype
+        drawn["initial_state"] = on_parts(lambda x: round_to(x, wide), parts)
     return drawn
 
 
 def _draw(rng, tensor, shape, hard):
     if tensor == "g":
         return _log_decay(rng, shape, hard)
-    if tensor == "beta":
+    if tensor in ("beta", "mu"):
         return 1 / (1 + np.exp(-rng.normal(size=shape)))
     if tensor == "dt":
         return np.exp(rng.uniform(np.log(1e-3), np.log(0.3), size=shape))
     if tensor == "A":
         return -np.exp(rng.normal(size=shape))
+    if tensor == "eta":  # a rate of learning that does not overshoot keys of length 4 or 5
+        return 1 / (16 + 16 * np.exp(-rng.normal(size=shape)))
     x = rng.normal(size=shape)
-    if tensor == "k" and hard == "zero":
+    if tensor in ("w", "w1", "w2"):  # weights of an inner model
+        return x / shape[-2] ** 0.5
+    if tensor == "ln_weight":
+        return 1 + x / 4
+    if tensor.startswith("r_"):  # recurrent weights: a loop that they close must not be chaotic
+        return x / shape[-1]
+    keys = ("k", "a")  # what reads before it writes is a key too
+    if tensor in keys and hard == "zero":
         return np.zeros(shape)
-    if tensor == "k" and hard == "repeated":
+    if tensor in keys and hard == "repeated":
         return np.broadcast_to(x[:, :1], shape).copy()
     return x
 

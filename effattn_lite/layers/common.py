@@ -1,4 +1,4 @@
-"""What the layers share: their interface, rotary positions, norms after a read-out, a short convolution."""
+"""What the layers share: their interface, rotary positions, norms, a short convolution, delta-rule mixers."""
 
 import torch
 from torch import nn
@@ -224,3 +224,69 @@ class ShortConvolution(nn.Module):
     def _mix(self, taps):
         y = sum(z * w for z, w in zip(taps, self.weight.unbind(1), strict=True))
         return F.silu(y if self.bias is None else y + self.bias)
+
+
+class DeltaMixer(Mixer):
+    """A mixer by a delta rule: short convolutions of q, k and v, queries and keys of length 1, a state.
+
+    A subclass names its op and step, and gives `gates(x) -> keyword arguments` and `output(x, o) -> y`.
+
+    Args:
+        width: D.
+        heads: H query and key heads.
+        key_dim: K.
+        value_heads: HV, a multiple of H.
+        value_dim: V.
+        conv_size: taps of the convolutions.
+        impl: as in the op.
+
+    Cache: the state [N, HV, K, V], float32, and the convolutions' tails; its size does not grow.
+    """
+
+    op = step_op = None
+
+    def __init__(
+        self, width: int, heads: int, *, key_dim: int, value_heads: int, value_dim: int, conv_size: int = 4,
+        impl: str = "auto",
+    ):  # fmt: skip
+        super().__init__()
+        self.impl = impl
+        self.heads = {"q": heads, "k": heads, "v": value_heads}
+        sizes = {"q": heads * key_dim, "k": heads * key_dim, "v": value_heads * value_dim}
+        self.proj = nn.ModuleDict({name: nn.Linear(width, n, bias=False) for name, n in sizes.items()})
+        self.conv = nn.ModuleDict({name: ShortConvolution(n, conv_size) for name, n in sizes.items()})
+        self.o_proj = nn.Linear(sizes["v"], width, bias=False)
+
+    def prefill(
+        self, x: torch.Tensor, cache: Cache | None = None, *, cu_seqlens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Cache]:
+        """The next T tokens, x [B, T, D]; packed sequences leave a cache with one row each."""
+        qkv, tails = self._convolve("prefill", x, cache, cu_seqlens=cu_seqlens)
+        o, state = self.op(
+            **qkv, **self.gates(x), initial_state=cache["state"] if cache else None, output_final_state=True,
+            cu_seqlens=cu_seqlens, impl=self.impl,
+        )  # fmt: skip
+        return self.output(x, o), {"state": state} | tails
+
+    def step(self, x: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, Cache]:
+        """The next token, x [B, D]."""
+        if not cache:
+            y, cache = self.prefill(x[:, None])
+            return y[:, 0], cache
+        qkv, tails = self._convolve("step", x, cache)
+        o, state = self.step_op(**qkv, **self.gates(x), state=cache["state"], impl=self.impl)
+        return self.output(x, o), {"state": state} | tails
+
+    def _convolve(self, how, x, cache, **more):
+        heads, tails = {}, {}
+        for name, conv in self.conv.items():
+            y, tails[name] = getattr(conv, how)(self.proj[name](x), cache[name] if cache else None, **more)
+            y = split_heads(y, self.heads[name])
+            heads[name] = y if name == "v" else unit(y)
+        return heads, tails
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """x over its length along the last axis; a vector much shorter than 1e-3 becomes shorter than 1."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)

@@ -68,12 +68,12 @@ def check_shape(name: str, x: torch.Tensor, axes: str, sizes: dict[str, int], li
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {spec} = {expected} as {like}")
 
 
-def check_alike(name: str, x: torch.Tensor, q: torch.Tensor, *, dtype: bool = True) -> None:
+def check_alike(name: str, x: torch.Tensor, q: torch.Tensor, *, dtype: bool = True, like: str = "q") -> None:
     """Check that a tensor lies on q's device and, unless `dtype` is False, has q's dtype."""
     if x.device != q.device:
-        raise ValueError(f"{name} is on {x.device}, expected {q.device} as q")
+        raise ValueError(f"{name} is on {x.device}, expected {q.device} as {like}")
     if dtype and x.dtype != q.dtype:
-        raise TypeError(f"{name} is {x.dtype}, expected {q.dtype} as q")
+        raise TypeError(f"{name} is {x.dtype}, expected {q.dtype} as {like}")
 
 
 def check_heads(H: int, HKV: int) -> None:

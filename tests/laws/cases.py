@@ -89,9 +89,9 @@ def differentiable(case):
 
 
 def tokens(case, inputs, part):
-    """The inputs restricted to a slice of tokens; tensors without a T axis stay whole."""
+    """The inputs restricted to a slice of tokens; what has no token axis, or a row a position, stays whole."""
     axes = case.row.inputs
-    return {name: x[:, part] if "T" in axes.get(name, "").split() else x for name, x in inputs.items()}
+    return {name: x[:, part] if axes.get(name, "").startswith("B T") else x for name, x in inputs.items()}
 
 
 def changed(case, inputs, t):

@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
+from effattn_lite.layers.common import unit
+from effattn_lite.layers.deltanet import DeltaNet
+from effattn_lite.ops.deltanet import deltanet
 from effattn_lite.reference import deltanet as reference
 from effattn_lite.reference import lightning_attention
-from effattn_lite.testing import make_inputs, max_error, relative_error
+from effattn_lite.testing import make_inputs, max_error, relative_error, to_torch
 
 FORMS = (reference.recurrent, reference.parallel, reference.chunkwise)
 
@@ -96,3 +100,51 @@ def test_length_of_a_key_acts_as_strength():
 def test_any_chunk_size_gives_the_same(chunk_size):
     x = draw(T=37)
     assert relative_error(reference.chunkwise(**x, chunk_size=chunk_size), reference.recurrent(**x)) < 1e-12
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+@pytest.mark.parametrize("beta", (1, 2))
+def test_op_reads_back_what_repeated_keys_write(impl, beta, device):
+    """One key 150 times: beta = 1 reads v_t back, beta = 2 reads 2 v_t - r_{t-1}."""
+    x = draw(B=1, T=150, H=1, K=16, V=16, hard="repeated", beta=beta, dtype="float32")
+    x |= {"q": x["k"], "initial_state": 0 * x["initial_state"]}
+    o, _ = deltanet(**to_torch(x, dtype="float32", device=device), scale=1.0, impl=impl)
+    sign = (-1.0) ** np.arange(150)[:, None, None]
+    want = x["v"] if beta == 1 else 2 * sign * np.cumsum(sign * x["v"], axis=1)
+    # every token rounds the same k k = 1: T roundings add up
+    assert relative_error(o, want) < 150 * 2.0**-22
+
+
+def test_layer_reflects_where_beta_may_reach_two():
+    """beta in (0, 1) keeps I - beta k k^T positive, beta_max = 2 lets its smallest eigenvalue reach -1."""
+    x = 50 * torch.randn(1, 200, 32)
+    for most in (1.0, 2.0):
+        beta = DeltaNet(32, 4, beta_max=most).gates(x)["beta"]
+        assert 0 <= beta.min() and most - 1e-3 < beta.max() <= most
+
+
+def test_unit_vectors():
+    x = torch.randn(7, 16, dtype=torch.float64)
+    assert relative_error(unit(x).norm(dim=-1), torch.ones(7)) < 1e-6
+    zero = torch.zeros(4, requires_grad=True)
+    unit(zero).sum().backward()
+    assert zero.grad.isfinite().all() and not unit(zero).any()
+
+
+def test_convolutions_stop_at_a_sequence():
+    """Changing the last token of one packed sequence leaves the next sequence as it was."""
+    layer, x = DeltaNet(32, 2).double(), torch.randn(1, 20, 32, dtype=torch.float64)
+    edges, other = torch.tensor([0, 9, 9, 20]), x.clone()
+    other[:, 8] += 1
+    assert torch.equal(layer(x, cu_seqlens=edges)[:, 9:], layer(other, cu_seqlens=edges)[:, 9:])
+
+
+def test_packed_prefill_can_be_continued():
+    layer, x = DeltaNet(32, 2).double(), torch.randn(1, 30, 32, dtype=torch.float64)
+    edges = torch.tensor([0, 0, 2, 30])
+    _, cache = layer.prefill(x, cu_seqlens=edges)
+    token = torch.randn(3, 32, dtype=torch.float64)
+    together = layer.step(token, cache)[0]
+    for n, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+        alone = layer.prefill(x[:, a:b])[1] if a < b else None
+        assert relative_error(layer.step(token[n : n + 1], alone)[0], together[n : n + 1]) < 1e-10

@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
+from effattn_lite.layers.gated_deltanet import GatedDeltaNet
+from effattn_lite.ops.deltanet import deltanet as deltanet_op
+from effattn_lite.ops.gated_deltanet import gated_deltanet
 from effattn_lite.reference import deltanet, lightning_attention
 from effattn_lite.reference import gated_deltanet as reference
-from effattn_lite.testing import make_inputs, max_error, relative_error
+from effattn_lite.testing import make_inputs, max_error, relative_error, to_torch
 
 FORMS = (reference.recurrent, reference.parallel, reference.chunkwise)
 
@@ -132,3 +136,35 @@ def test_value_heads_share_keys(form):
 def test_any_chunk_size_gives_the_same(chunk_size):
     x = draw(T=37)
     assert relative_error(reference.chunkwise(**x, chunk_size=chunk_size), reference.recurrent(**x)) < 1e-12
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+def test_op_reduces_to_deltanet(impl, device):
+    x = to_torch(draw(B=1, T=70, H=2, K=16, V=16), dtype="float32", device=device)
+    g = torch.zeros_like(x.pop("g"))
+    want = deltanet_op(**x, output_final_state=True, impl=impl)
+    assert relative_error(gated_deltanet(**x, g=g, output_final_state=True, impl=impl), want) < 1e-6
+
+
+def test_layer_begins_with_decays_of_mamba2():
+    """Where the projection is 0, g = -e^A softplus(c): e^A below 16, the step within (0.001, 0.1)."""
+    torch.manual_seed(0)
+    layer = GatedDeltaNet(64, 4, value_heads=64)
+    g = layer.gates(torch.zeros(1, 1, 64))["g"][0, 0]
+    step = -g / layer.A_log.exp()
+    assert step.min() > 0.99e-3 and step.max() < 0.101 and g.min() > -1.6 and g.max() < 0
+
+
+def test_layer_with_shared_heads_decodes():
+    layer, x = GatedDeltaNet(32, 2, value_heads=6).double(), torch.randn(2, 9, 32, dtype=torch.float64)
+    assert layer.proj["k"].out_features * 3 == layer.proj["v"].out_features // 2
+    cache, outputs = None, []
+    for t in range(9):
+        y, cache = layer.step(x[:, t], cache)
+        outputs.append(y)
+    assert relative_error(torch.stack(outputs, dim=1), layer(x)) < 1e-10
+
+
+def test_layer_refuses_heads_that_do_not_share():
+    with pytest.raises(ValueError, match=r"value_heads is 6, expected a multiple of heads = 4"):
+        GatedDeltaNet(32, 4, value_heads=6)

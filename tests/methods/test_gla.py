@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
+from effattn_lite.layers.gla import GLA
+from effattn_lite.ops.gla import gla
 from effattn_lite.registry import find
-from effattn_lite.testing import make_inputs, relative_error, run_reference
+from effattn_lite.testing import make_inputs, relative_error, run_reference, to_torch
 
 FORMS = pytest.mark.parametrize("form", find("gla").forms)
 GATES = {"open": [0.0], "shut": [-20.0], "mixed": [0.0, -1e-6, -1.0, -20.0]}
@@ -107,3 +110,27 @@ def test_a_channel_fades_alone(form):
     others = np.arange(16) != 5
     assert relative_error(got[:, :, others], base[:, :, others]) < 1e-10
     assert relative_error(got[:, :, 5], x["k"][:, -1, :, 5, None] * x["v"][:, -1]) < 1e-10
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+def test_op_with_gates_side_by_side(impl, device):
+    """The op in float32 against the sum over the past: no reference point overflows, no sum cancels."""
+    x = with_gates(
+        make_inputs("gla", state=True, B=1, T=70, H=1, K=16, V=16, dtype="float32"), GATES["mixed"]
+    )
+    want = sum_over_past(**{name: t.astype(float) for name, t in x.items()})
+    o, _ = gla(**to_torch(x, dtype="float32", device=device), impl=impl)
+    assert relative_error(o, want) < 1e-5
+
+
+def test_layer_forgets_slowly_at_first():
+    """A logit of 0 keeps 2^(-1/16) = 0.958 of a channel a token, where sigma alone would keep a half."""
+    layer = GLA(32, 4).double()
+    torch.nn.init.zeros_(layer.decay_proj[1].bias)
+    g = layer._project(torch.zeros(1, 1, 32, dtype=torch.float64))[3]
+    assert relative_error(g.exp(), torch.full_like(g, 2 ** (-1 / 16))) < 1e-12
+
+
+def test_layer_keys_are_half_as_wide_as_values():
+    cache = GLA(64, 4).prefill(torch.randn(3, 5, 64))[1]
+    assert cache["state"].shape == (3, 4, 8, 16)

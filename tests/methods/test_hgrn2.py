@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
+from effattn_lite.layers.hgrn2 import HGRN2
+from effattn_lite.ops.hgrn2 import hgrn2
 from effattn_lite.registry import find
-from effattn_lite.testing import make_inputs, relative_error, run_reference
+from effattn_lite.testing import make_inputs, relative_error, run_reference, to_torch
 
 FORMS = pytest.mark.parametrize("form", find("hgrn2").forms)
 GATES = {"open": [0.0], "shut": [-20.0], "mixed": [0.0, -1e-6, -1.0, -20.0]}
@@ -83,3 +86,36 @@ def test_a_nearly_open_gate_keeps_its_digits(form):
     S = run_reference("hgrn2", x, form=form)[1]
     want = np.broadcast_to(1e-12 * x["v"].sum(axis=1)[:, :, None], S.shape)
     assert relative_error(S, want) < 1e-10
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+def test_op_with_gates_side_by_side(impl, device):
+    """The op in float32 against the sum over the past: no reference point overflows, no sum cancels."""
+    x = with_gates(
+        make_inputs("hgrn2", state=True, B=1, T=70, H=1, K=16, V=16, dtype="float32"), GATES["mixed"]
+    )
+    want = sum_over_past(**{name: t.astype(float) for name, t in x.items()})
+    o, _ = hgrn2(**to_torch(x, dtype="float32", device=device), impl=impl)
+    assert relative_error(o, want) < 1e-5
+
+
+def test_layer_floor_rises_from_layer_to_layer():
+    """0 in the first, the sum of all but one share in the last; a gate lies between its floor and 1."""
+    bounds = torch.nn.Parameter(torch.randn(3, 32, dtype=torch.float64))
+    shares = bounds.softmax(0)
+    floors = (torch.zeros(32, dtype=torch.float64), shares[1], shares[1] + shares[2])
+    shut = torch.full((1, 32), -1e4, dtype=torch.float64)
+    for i, floor in enumerate(floors):
+        layer = HGRN2(32, 4, bounds=bounds, layer=i).double()
+        torch.nn.init.eye_(layer.f_proj.weight)
+        if i:
+            assert relative_error(layer.log_decay(shut).exp()[0], floor) < 1e-10
+        f = layer.log_decay(torch.randn(50, 32, dtype=torch.float64)).exp()
+        assert (f > floor).all() and (f < 1).all()
+    layer(torch.randn(1, 9, 32, dtype=torch.float64)).square().sum().backward()
+    assert bounds.grad.abs().max() > 0
+
+
+def test_layer_refuses_bounds_of_another_width():
+    with pytest.raises(ValueError, match=r"bounds has shape \(3, 16\), expected \[layers, H K = 32\]"):
+        HGRN2(32, 4, bounds=torch.nn.Parameter(torch.zeros(3, 16)))

@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
+from effattn_lite.layers.kda import KDA
+from effattn_lite.ops.gated_deltanet import gated_deltanet as gated_deltanet_op
+from effattn_lite.ops.kda import kda
 from effattn_lite.reference import gated_deltanet
 from effattn_lite.reference import kda as reference
-from effattn_lite.testing import make_inputs, max_error, relative_error
+from effattn_lite.testing import make_inputs, max_error, relative_error, to_torch
 
 FORMS = (reference.recurrent, reference.parallel, reference.chunkwise)
 
@@ -116,3 +120,21 @@ def test_value_heads_share_keys(form):
 def test_any_chunk_size_gives_the_same(chunk_size):
     x = draw(T=37)
     assert relative_error(reference.chunkwise(**x, chunk_size=chunk_size), reference.recurrent(**x)) < 1e-12
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+def test_op_reduces_to_gated_deltanet(impl, device):
+    """A decay a channel by its own kernels, equal in all channels."""
+    x = to_torch(draw(B=1, T=70, H=2, HV=4, K=16, V=16), dtype="float32", device=device)
+    x["g"] = x["g"][..., :1].expand_as(x["g"])
+    want = gated_deltanet_op(**x | {"g": x["g"][..., 0]}, output_final_state=True, impl=impl)
+    assert relative_error(kda(**x, output_final_state=True, impl=impl), want) < 1e-6
+
+
+def test_layer_decay_is_a_decay():
+    """g <= 0 whatever is learned; it begins within -16 ln 2 and -ln 2 where the projection is 0."""
+    layer = KDA(32, 4)
+    g = layer.gates(torch.zeros(1, 1, 32))["g"]
+    assert g.shape == (1, 1, 4, 8)
+    assert g.max() < -0.69 and g.min() > -16 * 0.694
+    assert (layer.gates(100 * torch.randn(1, 50, 32))["g"] <= 0).all()

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
+from effattn_lite.layers.longhorn import Longhorn
+from effattn_lite.ops.longhorn import longhorn
 from effattn_lite.reference import deltanet
 from effattn_lite.reference import longhorn as reference
-from effattn_lite.testing import make_inputs, max_error, relative_error
+from effattn_lite.testing import make_inputs, max_error, relative_error, to_torch
 
 FORMS = (reference.recurrent, reference.scan)
 
@@ -98,3 +101,44 @@ def test_repeated_keys_stay_finite(form):
     _, S = form(**x)
     far = np.abs(x["v"]).max() / np.abs(x["k"][0, 0, 0])[:, None]
     assert (np.abs(S) <= np.maximum(far, np.abs(x["initial_state"]))).all()
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+def test_the_op_stays_within_zero_to_one(impl, device):
+    """v = 0 and keys from tiny to huge: no entry of the op's state grows or changes its sign."""
+    inputs = make_inputs("longhorn", B=1, T=20, H=2, K=8, V=12, state=True, dtype="float32")
+    inputs["v"][:] = 0
+    inputs["k"] *= np.logspace(-3, 3, 20, dtype=np.float32)[:, None, None]
+    x = to_torch(inputs, dtype="float32", device=device)
+    kept = longhorn(**x, output_final_state=True, impl=impl)[1] / x["initial_state"]
+    # the largest entries of long keys are kept to the last bit of 1 - k^2 eps
+    assert (kept >= -1e-6).all() and (kept <= 1).all()
+
+
+def test_op_errors():
+    x = to_torch(draw(T=9))
+    with pytest.raises(ValueError, match=r"beta has shape \(2, 9, 2, 16\).*24.*as q"):
+        longhorn(**x | {"beta": x["beta"][..., :16]})
+    with pytest.raises(TypeError, match="beta is torch.float32, expected torch.float64 as q"):
+        longhorn(**x | {"beta": x["beta"].float()})
+
+
+def test_layer_has_one_head_as_its_authors():
+    """By default one key and one query for all channels, 16 entries each, and weights that begin near 1/2."""
+    torch.manual_seed(0)
+    layer, x = Longhorn(64), torch.randn(2, 30, 64)
+    state = layer.prefill(x)[1]["state"]
+    assert state.shape == (2, 1, 16, 128)
+    beta = layer._project(layer.conv.prefill(layer.in_proj(x)[..., :128])[0])[2]
+    assert 0.3 < beta.min() and beta.max() < 0.7
+
+
+def test_layer_skips_by_D():
+    """Without keys the state stays empty, and what is left is the gated skip."""
+    torch.manual_seed(0)
+    layer, x = Longhorn(16).double(), torch.randn(1, 9, 16, dtype=torch.float64)
+    with torch.no_grad():
+        layer.x_proj.weight[1:] = 0
+    v, z = layer.in_proj(x).chunk(2, dim=-1)
+    v = layer.conv.prefill(v)[0]
+    assert relative_error(layer(x), layer.out_proj(v * torch.nn.functional.silu(z))) < 1e-12

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
+from effattn_lite.layers.mamba2 import Mamba2
+from effattn_lite.ops.mamba2 import mamba2
 from effattn_lite.registry import find
-from effattn_lite.testing import make_inputs, relative_error, run_reference
+from effattn_lite.testing import make_inputs, relative_error, run_reference, to_numpy, to_torch
 
 FORMS = pytest.mark.parametrize("form", find("mamba2").forms)
 GATES = {"open": [0.0], "shut": [-20.0], "mixed": [0.0, -1e-6, -1.0, -20.0]}
@@ -102,3 +105,48 @@ def test_it_is_the_state_space_model_of_the_paper(form):
     inputs |= {"v": inputs["v"] * dt[None, :, :, None], "g": (dt * A)[None]}
     o, S = run_reference("mamba2", inputs, form=form)
     assert relative_error((o[0], S[0].swapaxes(1, 2)), (y, h)) < 1e-10
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+def test_op_with_gates_side_by_side(impl, device):
+    """The op in float32 against the sum over the past: no reference point overflows, no sum cancels."""
+    x = with_gates(
+        make_inputs("mamba2", state=True, B=1, T=70, H=2, K=16, V=16, dtype="float32"), GATES["mixed"]
+    )
+    want = sum_over_past(**{name: t.astype(float) for name, t in x.items()})
+    o, _ = mamba2(**to_torch(x, dtype="float32", device=device), impl=impl)
+    assert relative_error(o, want) < 1e-5
+
+
+def test_layer_is_the_block_of_the_paper():
+    """Projection, convolution, softplus, recurrence, skip, gate and norm, written out token by token."""
+    torch.manual_seed(0)
+    layer, x = Mamba2(8, 4, state=6, groups=2).double(), torch.randn(1, 9, 8, dtype=torch.float64)
+    p = {name: to_numpy(t) for name, t in layer.named_parameters()}
+    z, xBC, dt = np.split(to_numpy(x)[0] @ p["in_proj.weight"].T, [16, 56], axis=1)
+
+    def silu(a):
+        return a / (1 + np.exp(-a))
+
+    past = np.concatenate((np.zeros((3, 40)), xBC))
+    xBC = silu(p["conv.bias"] + sum(past[i : i + 9] * p["conv.weight"][:, i] for i in range(4)))
+    heads, B, C = np.split(xBC, [16, 28], axis=1)
+    dt, A = np.log1p(np.exp(dt + p["dt_bias"])), -np.exp(p["A_log"])
+    h, want = np.zeros((4, 6, 4)), []
+    for t in range(9):
+        y = np.zeros((4, 4))
+        for n in range(4):
+            group, value = slice(n // 2 * 6, n // 2 * 6 + 6), heads[t, 4 * n : 4 * n + 4]
+            h[n] = np.exp(dt[t, n] * A[n]) * h[n] + np.outer(B[t, group], dt[t, n] * value)
+            y[n] = C[t, group] @ h[n] + p["D"][n] * value
+        y = (y.ravel() * silu(z[t])).reshape(2, 8)
+        y = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-5) * p["norm.weight"]
+        want.append(p["out_proj.weight"] @ y.ravel())
+    assert relative_error(layer(x)[0], np.array(want)) < 1e-10
+
+
+def test_layer_begins_with_steps_between_a_thousandth_and_a_tenth():
+    layer = Mamba2(64, 64)
+    steps, A = torch.nn.functional.softplus(layer.dt_bias), layer.A_log.exp()
+    assert 0.99e-3 < steps.min() and steps.max() < 1.01e-1
+    assert 1 <= A.min() and A.max() <= 16

@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
+from effattn_lite.layers.rwkv5 import RWKV5
+from effattn_lite.layers.rwkv6 import RWKV6
+from effattn_lite.ops.rwkv6 import rwkv6
 from effattn_lite.registry import find
-from effattn_lite.testing import make_inputs, max_error, relative_error, run_reference
+from effattn_lite.testing import make_inputs, max_error, relative_error, run_reference, to_torch
 
 FORMS = pytest.mark.parametrize("form", find("rwkv6").forms)
 GATES = {"open": [0.0], "shut": [-20.0], "mixed": [0.0, -1e-6, -1.0, -20.0]}
@@ -91,3 +95,47 @@ def test_a_token_is_read_before_its_own_decay(form):
     o, S = run_reference("rwkv6", x, form=form)
     assert np.array_equal(o[:, t], base[:, t])
     assert relative_error(S, np.einsum("bhk,bhv->bhkv", x["k"][:, t], x["v"][:, t])) < 1e-10
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+def test_op_with_gates_side_by_side(impl, device):
+    """The op in float32 against the sum over the past: no reference point overflows, no sum cancels."""
+    x = with_gates(
+        make_inputs("rwkv6", state=True, B=1, T=70, H=1, K=16, V=16, dtype="float32"), GATES["mixed"]
+    )
+    want = sum_over_past(**{name: t.astype(float) for name, t in x.items()})
+    o, _ = rwkv6(**to_torch(x, dtype="float32", device=device), impl=impl)
+    assert relative_error(o, want) < 1e-5
+
+
+def test_layer_whose_token_chooses_nothing_is_rwkv5():
+    """Both first matrices 0: the shift is mu alone, the decay omega alone."""
+    finch, eagle = RWKV6(32, 4, layer=1, layers=3).double(), RWKV5(32, 4, layer=1, layers=3).double()
+    same = {n: t for n, t in finch.state_dict().items() if n in eagle.state_dict() and n != "mu"}
+    same["omega"] = same["omega"].view(4, 8)
+    same["mu"] = finch.mu[[4, 2, 3, 5]]  # r, k, v, g
+    eagle.load_state_dict(same)
+    x = torch.randn(2, 20, 32, dtype=torch.float64)
+    assert max_error(finch(x), eagle(x)) > 1e-8
+    torch.nn.init.zeros_(finch.mix_a)
+    torch.nn.init.zeros_(finch.decay_a)
+    assert relative_error(finch(x), eagle(x)) < 1e-10
+
+
+def test_token_shift_stops_at_a_sequence():
+    """Changing the last token of one packed sequence leaves the next sequence as it was."""
+    layer, x = RWKV6(32, 2).double(), torch.randn(1, 20, 32, dtype=torch.float64)
+    edges, other = torch.tensor([0, 9, 9, 20]), x.clone()
+    other[:, 8] += 1
+    assert torch.equal(layer(x, cu_seqlens=edges)[:, 9:], layer(other, cu_seqlens=edges)[:, 9:])
+
+
+def test_packed_prefill_can_be_continued():
+    layer, x = RWKV6(32, 2).double(), torch.randn(1, 30, 32, dtype=torch.float64)
+    edges = torch.tensor([0, 0, 12, 30])
+    _, cache = layer.prefill(x, cu_seqlens=edges)
+    token = torch.randn(3, 32, dtype=torch.float64)
+    together = layer.step(token, cache)[0]
+    for n, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+        alone = layer.prefill(x[:, a:b])[1] if a < b else None
+        assert relative_error(layer.step(token[n : n + 1], alone)[0], together[n : n + 1]) < 1e-10
