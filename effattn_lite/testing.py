@@ -103,6 +103,8 @@ def _draw(rng, tensor, shape, hard):
     x = rng.normal(size=shape)
     if tensor in ("w", "w1", "w2"):  # weights of an inner model
         return x / shape[-2] ** 0.5
+    if tensor == "e":  # sums of tokens that are as long as a token
+        return x / max(shape[0], 1) ** 0.5
     if tensor == "ln_weight":
         return 1 + x / 4
     if tensor.startswith("r_"):  # recurrent weights: a loop that they close must not be chaotic

@@ -194,6 +194,9 @@ def tiles(axis, dtype, *, capability, chunk_size=None):
     """(C, BK, BV, options) of a read for a summed axis of that size; C is at most `chunk_size`."""
     BK = padded(axis)
     kind = "float32" if capability < 80 else str(dtype).removeprefix("torch.")
+    if kind == "bfloat16" and capability // 10 not in (9, 10):
+        # where products are issued by a warp, 64 columns of a state spill registers
+        kind = "float16"
     C, BV, warps, stages = TABLE[kind][max(64, BK)]
     return min(C, chunk_size or C), BK, BV, {"num_warps": warps, "num_stages": stages}
 

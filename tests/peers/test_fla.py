@@ -8,7 +8,7 @@ import torch
 
 from effattn_lite import registry
 from effattn_lite.bench.fla_peers import FLA
-from effattn_lite.testing import flat, make_inputs, max_error, relative_error, run_op, to_torch
+from effattn_lite.testing import flat, make_inputs, relative_error, run_op, to_torch
 
 pytest.importorskip("fla", reason="flash-linear-attention is not installed (pip install fla-core)")
 
@@ -139,25 +139,47 @@ def test_equals_its_plain_loop(name, sizes, device):
 
 
 def rms(x):
-    return float(x.detach().double().square().mean().sqrt())
+    return float(x.square().mean().sqrt())
+
+
+def off(got, want):
+    """Root mean square of the difference, as a share of what is wanted."""
+    want = want.detach().double()
+    return rms(got.detach().cpu().double() - want) / rms(want)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", sorted(set(FLA) & set(registry.names("kernel"))))
 def test_equals_its_kernel(name):
-    """bfloat16 on the GPU: outputs and gradients, within the tolerances of its own tests."""
-    sizes = dict(B=1, T=1000, H=3, K=64, V=64)
-    x = to_torch(make_inputs(name, **sizes), dtype="bfloat16", device="cuda", requires_grad=True)
+    """bfloat16 on the GPU: outputs and gradients of both, against plain torch in float64.
+
+    This op meets the tolerances of the peer's own tests. The peer may miss them by twice as much: of it is
+    asked only that it computes the same.
+    """
+    inputs = make_inputs(name, dtype="bfloat16", B=1, T=1000, H=3, K=64, V=64)
+    exact = to_torch(inputs, dtype="float64", requires_grad=True)
+    x = to_torch(inputs, dtype="bfloat16", device="cuda", requires_grad=True)
     label, theirs = FLA[name](**x)
-    o, want = run_op(name, x, impl="triton")[0], theirs()
-    assert rms(o - want) < 0.005 * rms(want), label
-    known = {n: t for n, t in x.items() if not ("without" in label and n in ("g", "u"))}
-    do = torch.randn_like(o)
-    mine = torch.autograd.grad(o, known.values(), do)
+    known = [n for n in x if not ("without" in label and n in ("g", "u"))]
+    o = {
+        "exact": run_op(name, exact, impl="torch")[0],
+        "this": run_op(name, x, impl="triton")[0],
+        label: theirs(),
+    }
+    do = torch.randn_like(o["this"])
+
+    def results(who):
+        leaves = exact if who == "exact" else x
+        grads = torch.autograd.grad(o[who], [leaves[n] for n in known], do.to(o[who]))
+        return {"o": o[who]} | dict(zip(known, grads, strict=True))
+
+    want, found = results("exact"), {"this": results("this")}
     try:
-        other = torch.autograd.grad(want, known.values(), do)
+        found[label] = results(label)
     except (RuntimeError, NotImplementedError) as error:
-        pytest.skip(f"its backward refuses this GPU: {str(error).partition(chr(10))[0]}")
-    for tensor, a, b in zip(known, mine, other, strict=True):
-        limit = 0.02 if tensor in ("g", "beta", "u") else 0.008
-        assert max_error(a, a) == 0 and rms(a - b) < limit * rms(b), f"d{tensor}"
+        print(f"{label} refuses its backward here: {str(error).partition(chr(10))[0]}")
+        found[label] = {"o": o[label]}
+    for who, got in found.items():
+        for tensor, value in got.items():
+            limit = {"o": 0.005, "g": 0.02, "beta": 0.02, "u": 0.02}.get(tensor, 0.008)
+            assert off(value, want[tensor]) < limit * (1 if who == "this" else 2), f"{who}: {tensor}"
