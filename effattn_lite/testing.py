@@ -89,30 +89,37 @@ def make_inputs(name, *, seed=0, hard=None, state=False, dtype="float64", **size
     return drawn
 
 
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+RULES = {
+    "beta": _sigmoid,
+    "mu": _sigmoid,
+    # step sizes of a state space model, log-uniform as they are first drawn
+    "dt": lambda x: np.exp(np.log(1e-3) + np.log(300) * _sigmoid(2 * x)),
+    "A": lambda x: -np.exp(x),
+    # a rate of learning that does not overshoot keys of length 4 or 5
+    "eta": lambda x: _sigmoid(x) / 16,
+    "ln_weight": lambda x: 1 + x / 4,
+    # weights of an inner model
+    **dict.fromkeys(("w", "w1", "w2"), lambda x: x / x.shape[-2] ** 0.5),
+    # recurrent weights: a loop that they close must not be chaotic
+    **dict.fromkeys(("r_z", "r_i", "r_f", "r_o"), lambda x: x / x.shape[-1]),
+}
+"""What is made of normal numbers for tensors that must not be normal, by name."""
+
+
 def _draw(rng, tensor, shape, hard):
     if tensor == "g":
         return _log_decay(rng, shape, hard)
-    if tensor in ("beta", "mu"):
-        return 1 / (1 + np.exp(-rng.normal(size=shape)))
-    if tensor == "dt":
-        return np.exp(rng.uniform(np.log(1e-3), np.log(0.3), size=shape))
-    if tensor == "A":
-        return -np.exp(rng.normal(size=shape))
-    if tensor == "eta":  # a rate of learning that does not overshoot keys of length 4 or 5
-        return 1 / (16 + 16 * np.exp(-rng.normal(size=shape)))
     x = rng.normal(size=shape)
-    if tensor in ("w", "w1", "w2"):  # weights of an inner model
-        return x / shape[-2] ** 0.5
-    if tensor == "e":  # sums of tokens that are as long as a token
-        return x / max(shape[0], 1) ** 0.5
-    if tensor == "ln_weight":
-        return 1 + x / 4
-    if tensor.startswith("r_"):  # recurrent weights: a loop that they close must not be chaotic
-        return x / shape[-1]
-    keys = ("k", "a")  # what reads before it writes is a key too
-    if tensor in keys and hard == "zero":
+    if tensor in RULES:
+        return RULES[tensor](x)
+    # what reads a state before it is written to is a key too
+    if tensor in ("k", "a") and hard == "zero":
         return np.zeros(shape)
-    if tensor in keys and hard == "repeated":
+    if tensor in ("k", "a") and hard == "repeated":
         return np.broadcast_to(x[:, :1], shape).copy()
     return x
 

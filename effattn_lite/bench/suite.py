@@ -17,6 +17,8 @@ __all__ = ["forward_of", "rows_of", "shapes", "tensors_of"]
 
 OPTIONS = {
     "softmax_attention": ({}, {"window": 512}),
+    "cosformer": ({"max_length": 2**20},),
+    "fwp": ({"nu": 1},),
     "sliding_window": ({"window": 4096},),
     "streaming_llm": ({"sinks": 4, "window": 1024},),
     "block_streaming": ({"sink_blocks": 1, "local_blocks": 8, "block_size": 128},),
