@@ -158,7 +158,9 @@ class Rewriter:
         path = (self.path.parent / argument).resolve()
         lines = path.read_text(encoding="utf-8").splitlines()
         first = self._line_with(options.get("start-after"), lines, path, 0, default=-1) + 1
+        first = self._line_with(options.get("start-at"), lines, path, first, default=first)
         last = self._line_with(options.get("end-before"), lines, path, first, default=len(lines))
+        last = self._line_with(options.get("end-at"), lines, path, first, default=last - 1) + 1
         code = dedent("\n".join(lines[first:last])).strip("\n")
         link = f"From [{path.relative_to(ROOT).as_posix()}]({SITE.source(path)}):"
         return f"{link}\n\n```{options.get('language', 'python')}\n{code}\n```"

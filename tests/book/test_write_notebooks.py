@@ -91,6 +91,11 @@ def test_literalinclude_shows_the_code_and_links_the_file():
     shown = rewrite(text)
     assert f"({SITE.repository}/blob/main/effattn_lite/notation.py)" in shown
     assert '```python\n"B": "batch' in shown
+    text = '```{literalinclude} ../../effattn_lite/notation.py\n:start-at: "AXES = {"\n:end-at: packed\n```'
+    shown = rewrite(text)
+    assert "```python\nAXES = {" in shown and shown.rstrip("`\n").splitlines()[-1].startswith(
+        '    "N": "packed'
+    )
 
 
 def test_gated_solution_is_folded_piece_by_piece():
