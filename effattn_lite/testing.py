@@ -102,6 +102,8 @@ RULES = {
     # a rate of learning that does not overshoot keys of length 4 or 5
     "eta": lambda x: _sigmoid(x) / 16,
     "ln_weight": lambda x: 1 + x / 4,
+    # a projection along the text: sums of tokens that are as long as a token
+    "e": lambda x: x / max(x.shape[0], 1) ** 0.5,
     # weights of an inner model
     **dict.fromkeys(("w", "w1", "w2"), lambda x: x / x.shape[-2] ** 0.5),
     # recurrent weights: a loop that they close must not be chaotic

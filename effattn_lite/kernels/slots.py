@@ -1,12 +1,18 @@
 r"""Attention to memory slots: the pass of gated linear attention that scores the slots, its softmax, a step.
 
 .. math:: x_t = s\,\tilde K_t^\top q_t, \qquad
-    \tilde K_t = \tilde K_{t-1} \operatorname{Diag}(e^{g_t}) + k_t s_t^\top, \qquad p_t = \operatorname{softmax}(x_t)
+    \tilde K_t = \tilde K_{t-1} \operatorname{Diag}(e^{g_t}) + k_t s_t^\top, \qquad
+    p_t = \operatorname{softmax}(x_t)
 
 The second pass, which reads values with p, is the gated-decay engine with s for keys. The first decays along
-what it reads out, not along what it sums over: it is that engine's dq, with q for do, k for v and s for k.
-Written as a sum over pairs of tokens and slots, p x + ..., both are one form in four tensors, so the first
-pass's gradients are the engine's forward (of q), its dv (of k), its dk (of s) and its dg.
+what it reads out, not along what it sums over. But with the gradient dx of its output it is the same form,
+
+.. math:: \sum_t dx_t^\top x_t =
+    s \sum_{j \le t} (q_t^\top k_j) \sum_m dx_{tm}\, s_{jm}\, e^{G_{tm} - G_{jm}},
+
+as the engine has with dx for queries, s for keys, k for values and q for do. So the first pass is that
+engine's dq, and its gradients are the engine's output (dq), its dv (dk), its dk (ds) and its dg. Only the
+first pass itself, which has no dx yet, needs a kernel of its own.
 
 Products of float32 inputs are "ieee", not TF32; all sums and states are float32.
 """

@@ -118,7 +118,7 @@ def step(q, k, v, s, g, Sk, Sv, z, c, out_Sk, out_Sv, out_z, out_c, scale):
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
         g = g.float().contiguous() if g is not None else None
         slots_step_kernel[(N * H,)](
-            *(x.contiguous() for x in (q, k, v, s)), g, Sk, Sv, z, c, o, out_Sk, out_Sv,
-            out_z, out_c, scale, H=H, K=K, V=V, M=M, BK=16, BV=16, BM=padded(M), AVERAGE=g is None, num_warps=4,
+            *(x.contiguous() for x in (q, k, v, s)), g, Sk, Sv, z, c, o, out_Sk, out_Sv, out_z, out_c, scale,
+            H=H, K=K, V=V, M=M, BK=16, BV=16, BM=padded(M), AVERAGE=g is None, num_warps=4,
         )  # fmt: skip
     return o

@@ -36,8 +36,15 @@ def affine(a, x, b, y):
 def softplus(x):
     """ln(1 + e^x)."""
     b_e = tl.exp(-tl.abs(x))
-    # the logarithm of 1 + e has lost e's digits where e is small
-    return tl.maximum(x, 0.0) + tl.where(b_e < 1e-3, b_e * (1 - 0.5 * b_e), tl.log(1 + b_e))
+    # 1 + e is 1 + d, rounded: the logarithm of that, times e / d, has all digits of ln(1 + e)
+    b_d = (1 + b_e) - 1
+    return tl.maximum(x, 0.0) + tl.where(b_d == 0, b_e, tl.log(1 + b_e) * (b_e / tl.maximum(b_d, 1e-30)))
+
+
+@triton.jit
+def weights_of(p_s, mask):
+    """Logs of the tokens' weights, NOTHING where there is no token: float16 itself has no such number."""
+    return tl.where(mask, tl.load(p_s, mask=mask, other=0).to(tl.float32), NOTHING)
 
 
 @triton.jit
@@ -73,9 +80,9 @@ def slots_shares_kernel(
         row = first + i_c + o_c
         mask = (i_c + o_c < length)[:, None] & m_d[None, :]
         p = row[:, None] * D + o_d[None, :]
-        b_s = tl.load(s + p, mask=mask, other=NOTHING).to(tl.float32)
+        b_s = weights_of(s + p, mask)
         # what lies before a token: the block's tokens but one, and all blocks before
-        b_one = tl.load(s + p - D, mask=mask & (o_c > 0)[:, None], other=NOTHING).to(tl.float32)
+        b_one = weights_of(s + p - D, mask & (o_c > 0)[:, None])
         b_past = log_add(tl.associative_scan(b_one, 0, log_add), b_z[None, :])
         b_w, b_g = shares_of(b_s, b_past)
         tl.store(w + p, b_w.to(w.dtype.element_ty), mask=mask)
@@ -90,8 +97,9 @@ def shares_step(p_dw, p_dg, p_g, mask):
     """e^g, the share w and dx of tokens; where there is none 1, 0 and 0."""
     b_g = tl.load(p_g, mask=mask, other=0)
     b_keep = tl.exp(b_g)
-    # 1 - e^g to its last digit
-    b_w = tl.where(b_g > -1e-3, -b_g * (1 + 0.5 * b_g), 1 - b_keep)
+    # 1 - e^g, by its series where the difference has lost digits
+    b_near = -b_g * (1 + b_g / 2 * (1 + b_g / 3 * (1 + b_g / 4)))
+    b_w = tl.where(b_g > -0.05, b_near, 1 - b_keep)
     b_dw = tl.load(p_dw, mask=mask, other=0).to(tl.float32)
     return b_keep, b_w, b_w * (b_keep * b_dw - tl.load(p_dg, mask=mask, other=0))
 
@@ -121,7 +129,7 @@ def slots_shares_gradient_kernel(
         b_keep, b_w, b_dx = shares_step(dw + p, dg + p, g + p, mask)
         # what lies behind a token: the block's tokens but one, and all blocks behind
         behind = ((back >= -1) & (o_c > 0))[:, None] & m_d[None, :]
-        b_a, _, b_b = shares_step(dw + p + D, dg + p + D, g + p + D, behind)
+        b_a, b_no, b_b = shares_step(dw + p + D, dg + p + D, g + p + D, behind)
         b_a, b_b = tl.associative_scan((b_a, -b_b), 0, affine)
         b_after = b_a * b_D[None, :] + b_b
         tl.store(ds + p, (b_dx + b_w * b_after).to(ds.dtype.element_ty), mask=mask)

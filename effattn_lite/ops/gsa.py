@@ -32,10 +32,11 @@ def gsa(
         k: keys, [B, T, H, K].
         v: values, [B, T, H, V].
         s: what a token writes to each slot, [B, T, H, M]; 1 - e^g in the paper.
-        g: log decay of each slot, [B, T, H, M], nats a token, <= 0; 0 keeps the slot; its gradient is returned.
-        scale: of the scores; default K ** -0.5.
-        initial_state: (K~_0, V~_0), [N, H, K, M] and [N, H, M, V], float32; default zeros; their gradients are
+        g: log decay of each slot, [B, T, H, M], nats a token, <= 0; 0 keeps the slot; its gradient is
             returned.
+        scale: of the scores; default K ** -0.5.
+        initial_state: (K~_0, V~_0), [N, H, K, M] and [N, H, M, V], float32; default zeros; their gradients
+            are returned.
         output_final_state: return (K~_T, V~_T) as well; they carry gradients.
         cu_seqlens: [N + 1], boundaries of N sequences packed into one batch row (B = 1), empty ones too.
         chunk_size: tokens in a chunk; default 16 in torch; Triton takes at most what its table says.

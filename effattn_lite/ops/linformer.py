@@ -17,7 +17,7 @@ def linformer(
     cu_seqlens: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    r"""Project keys and values along the text onto M rows, then attend to those; every token sees every other.
+    r"""Project keys and values along the text onto M rows, then attend to those; all tokens see all.
 
     .. math:: o_t = \sum_m \operatorname{softmax}_m(s\, q_t^\top \bar k_m)\, \bar v_m, \qquad
         \bar k_m = \sum_j E_{jm} k_j, \quad \bar v_m = \sum_j F_{jm} v_j
@@ -43,7 +43,7 @@ def linformer(
         NotImplementedError: impl="triton"; there is no kernel.
 
     Cost: B H T M (4 K + 4 V) FLOPs in products. No state: a new token changes every projected key.
-    Source: Wang et al. 2020, arXiv:2006.04768. Differs: the paper writes n for L and k for M, and E is M by L.
+    Source: Wang et al. 2020, arXiv:2006.04768. Differs: the paper writes n for L, k for M and E^T for e.
     """
     sizes = {}
     check_shape("q", q, "B T H K", sizes)
@@ -51,20 +51,21 @@ def linformer(
         check_shape(name, x, axes, sizes)
         check_alike(name, x, q)
     check_cu_seqlens(cu_seqlens, sizes["B"], sizes["T"])
-    choose_impl(impl, q, refusal="a kernel, and there is none")
+    if impl == "triton":
+        raise NotImplementedError("linformer has no kernel; use impl='torch'")
+    choose_impl(impl, q)
     edges = [0, sizes["T"]] if cu_seqlens is None else cu_seqlens.tolist()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide, dtype = torch.promote_types(q.dtype, torch.float32), q.dtype
     # autocast would turn the float32 products into bfloat16
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v, e, f = (x.to(wide) for x in (tokens := (q, k, v, e, f)))
+        q, k, v, e, f = (x.to(wide) for x in (q, k, v, e, f))
         parts = [
             _attend(*(x[:, a:b] for x in (q, k, v)), e, f, scale)
             for a, b in zip(edges, edges[1:], strict=False)
         ]
         o, lse = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    o = o.to(tokens[0].dtype)
-    return (o, lse) if return_lse else o
+    return (o.to(dtype), lse) if return_lse else o.to(dtype)
 
 
 def _attend(q, k, v, e, f, scale):

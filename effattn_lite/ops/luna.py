@@ -17,7 +17,7 @@ def luna(
     cu_seqlens: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    r"""Pack keys and values by M queries of their own, then attend to those; every token sees every other.
+    r"""Pack keys and values by M queries of their own, then attend to those; all tokens see all.
 
     .. math:: O = \operatorname{softmax}(s\, Q (A K)^\top)\, (A V), \qquad
         A = \operatorname{softmax}(D^{-1/2}\, P C^\top)
@@ -61,7 +61,9 @@ def luna(
     for name, x in (("k", k), ("v", v), ("c", c), ("p", p)):
         check_alike(name, x, q)
     check_heads(sizes["H"], sizes["HKV"])
-    choose_impl(impl, q, refusal="a kernel, and there is none")
+    if impl == "triton":
+        raise NotImplementedError("luna has no kernel; use impl='torch'")
+    choose_impl(impl, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide, dtype = torch.promote_types(q.dtype, torch.float32), q.dtype
     # autocast would turn the float32 products into bfloat16

@@ -30,7 +30,7 @@ def rwkv7(
         k: keys, [B, T, H, K], not normalised.
         v: values, [B, T, H, V].
         g: log decay of a key channel, [B, T, H, K], nats a token, <= 0; 0 keeps everything.
-        a: what is read before the write, [B, T, H, K]; in use minus a vector of length 1 (not normalised here).
+        a: what is read before the write, [B, T, H, K]; in use minus a vector of length 1.
         b: where the answer is written, [B, T, H, K]; in use -a times rates in (0, 1).
         scale: s; default 1.
         initial_state: S_0, [N, H, K, V], float32; default zeros; its gradient is returned.

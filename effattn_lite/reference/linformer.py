@@ -24,8 +24,8 @@ def quadratic(q, k, v, *, e, f, scale=None):
     Returns:
         o, [B, T, H, V], and lse, [B, T, H], of the M scores.
 
-    Cost: B H (T^2 (2 M + 2 V) + T (4 M K + 5 M + 1)) FLOPs, quadratic in T.
-    Source: Wang et al. 2020, arXiv:2006.04768. Differs: the paper writes n for L and k for M, and E is M by L.
+    Cost: B H (T^2 (2 M + 2 V) + T (4 M K + 6 M + 2)) FLOPs, quadratic in T.
+    Source: Wang et al. 2020, arXiv:2006.04768. Differs: the paper writes n for L, k for M and E^T for e.
     """
     T = q.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -47,7 +47,7 @@ def linear(q, k, v, *, e, f, scale=None):
 
     Args and returns: as `quadratic`.
 
-    Cost: B H T (M (4 K + 4 V + 5) + 2) FLOPs, linear in T.
+    Cost: B H T (M (4 K + 4 V + 6) + 2) FLOPs, linear in T.
     Source: Wang et al. 2020, arXiv:2006.04768.
     """
     T = q.shape[1]

@@ -25,7 +25,7 @@ def quadratic(q, k, v, *, c, p, scale=None):
     Returns:
         o, [B, T, H, V], and lse, [B, T, H], of the M scores of the second attention.
 
-    Cost: B (T^2 H (2 M + 2 V) + T (HKV M (2 D + 5) + H (4 M K + 6 M + 2))) FLOPs, quadratic in T.
+    Cost: B (T^2 H (2 M + 2 V) + T (HKV M (2 D + 6) + H (4 M K + 6 M + 2))) FLOPs, quadratic in T.
     Source: Ma et al. 2021, arXiv:2106.01540. Differs: keys and values are projected before they are packed;
     packing and projecting commute.
     """
@@ -53,7 +53,7 @@ def linear(q, k, v, *, c, p, scale=None):
 
     Args and returns: as `quadratic`.
 
-    Cost: B T (HKV M (2 D + 5) + H (M (4 K + 4 V + 6) + 2)) FLOPs, linear in T.
+    Cost: B T (HKV M (2 D + 6) + H (M (4 K + 4 V + 6) + 2)) FLOPs, linear in T.
     Source: Ma et al. 2021, arXiv:2106.01540. Differs: as `quadratic`.
     """
     G = q.shape[2] // c.shape[2]

@@ -3,8 +3,8 @@ r"""RWKV-7 "Goose": channels fade each at its own rate, and reading, erasing and
 The delta rule reads, erases and writes with one key. Here a reads the old state, b says into which channels
 the answer is written back, and k where the new value goes. In use :math:`a = -\kappa` and
 :math:`b = \kappa \odot \eta` for a vector :math:`\kappa` of length 1 and rates :math:`\eta` in (0, 1): what
-:math:`\kappa` finds is taken away, from each channel at a rate of its own. The transition is a diagonal matrix
-plus one of rank 1. Three forms compute the same output and the same final state.
+:math:`\kappa` finds is taken away, from each channel at a rate of its own. The transition is a diagonal
+matrix plus one of rank 1. Three forms compute the same output and the same final state.
 """
 
 import numpy as np
@@ -33,8 +33,8 @@ def recurrent(q, k, v, *, g, a, b, scale=1.0, initial_state=None):
     Returns:
         o, [B, T, H, V], and S_T, [B, H, K, V].
 
-    Cost: B T H (9 K V + K + V) FLOPs: read a 2, decay 1, two outer products and their sums 4, read q 2 an entry
-    of the state; K exponentials; the scale V.
+    Cost: B T H (9 K V + K + V) FLOPs: read a 2, decay 1, two outer products and their sums 4, read q 2 an
+    entry of the state; K exponentials; the scale V.
     Source: Peng et al. 2025, arXiv:2503.14456. Differs: the paper's state is transposed, [V, K]; its r is q
     here, its w is exp(g).
     """
@@ -104,8 +104,8 @@ def chunkwise(q, k, v, *, g, a, b, scale=1.0, initial_state=None, chunk_size=16)
         O = s\,\bigl(\bar Q S + A^{qb} Y + A^{qk} V\bigr), \qquad
         S \leftarrow \operatorname{Diag}(\xi_n) S + (\zeta \odot B)^\top Y + (\zeta \odot K)^\top V
 
-    for a chunk of n tokens, with the tables A of `parallel` from the chunk's start, :math:`\xi_n = e^{G_n}` and
-    :math:`\zeta_j = e^{G_n - G_j}`. M, W and U do not ask for the state; the last chunk may be short.
+    for a chunk of n tokens, with the tables A of `parallel` from the chunk's start, :math:`\xi_n = e^{G_n}`
+    and :math:`\zeta_j = e^{G_n - G_j}`. M, W and U do not ask for the state; the last chunk may be short.
 
     Args and returns: as `recurrent`, and
 
@@ -123,7 +123,7 @@ def chunkwise(q, k, v, *, g, a, b, scale=1.0, initial_state=None, chunk_size=16)
         part = slice(start, min(start + chunk_size, T))
         qc, kc, vc, ac, bc = (x[:, part] for x in (q, k, v, a, b))  # [B, C, H, K or V]
         i = np.arange(qc.shape[1])
-        # 1 local decay: between two tokens (exp of a difference <= 0), from the chunk's start; as a meets them
+        # 1 local decay: between two tokens (exp of a difference <= 0), from the start; then as a meets them
         G = np.cumsum(g[:, part], axis=1)  # [B, C, H, K]
         lower = (i[:, None] >= i)[:, :, None, None]  # [C, C, 1, 1]
         D = np.exp(np.where(lower, G[:, :, None] - G[:, None], -np.inf))  # [B, C, C, H, K]

@@ -89,7 +89,7 @@ def differentiable(case):
 
 
 def tokens(case, inputs, part):
-    """The inputs restricted to a slice of tokens; what has no token axis, or a row a position, stays whole."""
+    """The inputs restricted to a slice of tokens; what has none, or a row a position, stays whole."""
     axes = case.row.inputs
     return {name: x[:, part] if axes.get(name, "").startswith("B T") else x for name, x in inputs.items()}
 

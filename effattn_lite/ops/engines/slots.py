@@ -5,8 +5,8 @@ r"""Attention to memory slots in two passes of gated linear attention: the engin
     o_t = \tilde V_t^\top \operatorname{softmax}(s\, \tilde K_t^\top q_t)
 
 ABC's gates come from a running sum of weights: :math:`e^{g_t} = 1 - w_t` and :math:`s_t = w_t`, the token's
-share of it. Eager torch, chunk by chunk, or Triton behind the operators `effattn_lite::slots`, `slots_shares`,
-their backwards and `slots_step`.
+share of it. Eager torch, chunk by chunk, or Triton behind the operators `effattn_lite::slots` and
+`slots_shares`, their backwards, and `slots_step`.
 """
 
 import torch
@@ -93,7 +93,9 @@ def slots_step(q, k, v, *, s, g, state, scale, out_state, impl):
     s, g, *tail = _shares(s, *tail, None, False) if g is None else (s, g[:, None])
     o, (Sk, Sv) = _eager(q[:, None], k[:, None], v[:, None], s, g, scale, Sk, Sv, None, 1)
     new = (Sk, Sv, *tail)
-    return o[:, 0], new if out_state is None else tuple(a.copy_(b) for a, b in zip(out_state, new, strict=True))
+    if out_state is not None:
+        new = tuple(a.copy_(b) for a, b in zip(out_state, new, strict=True))
+    return o[:, 0], new
 
 
 def _check(q, k, v, s, g, rows, sizes):
@@ -255,7 +257,8 @@ def _shares_gradient(ctx, dw, dg, dz):
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor s, Tensor g, Tensor? Sk, Tensor? Sv, Tensor? cu_seqlens"
 register(
     "slots",
-    f"({_TENSORS}, float scale, bool output_final_state, int? chunk_size) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_TENSORS}, float scale, bool output_final_state, int? chunk_size)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _launch("forward"),
     _slots_fake,
 )
