@@ -18,12 +18,14 @@ __all__ = ["forward_of", "rows_of", "shapes", "tensors_of"]
 OPTIONS = {
     "softmax_attention": ({}, {"window": 512}),
     "cosformer": ({"max_length": 2**20},),
-    "fwp": ({"nu": 1},),
     "sliding_window": ({"window": 4096},),
     "streaming_llm": ({"sinks": 4, "window": 1024},),
     "block_streaming": ({"sink_blocks": 1, "local_blocks": 8, "block_size": 128},),
 }
 """Static arguments of a real use; the first entry of the row's options where a method is not listed."""
+
+SIZES = {"fwp": {"K": 64}, "gsa": {"M": 64}, "abc": {"M": 64}}
+"""Sizes on the GPU that differ from those of `shapes`: 2 nu K features of at most 256, slots as published."""
 
 EAGER = 8_192
 """Longest T at which plain torch is timed on the GPU: it keeps what the kernel never writes."""
@@ -84,11 +86,15 @@ def rows_of(name, *, device, dtype, ceiling, lengths=None, peers=True, report=pr
 
     for options in OPTIONS.get(name, find(name).options[:1]):
         for sizes in shapes(device, lengths):
+            sizes |= SIZES.get(name, {}) if device != "cpu" else {}
             for row in _forward_rows(name, sizes, dict(options), device, dtype, ceiling, peers):
                 add([row])
         add(decode_rows(name, sizes | {"B": 64}, options, dtype=dtype, device=device, ceiling=ceiling))
     if device != "cpu" and find(name).differentiable and not lengths:
-        sizes, options = shapes(device)[0], dict(OPTIONS.get(name, find(name).options)[0])
+        sizes, options = (
+            shapes(device)[0] | SIZES.get(name, {}),
+            dict(OPTIONS.get(name, find(name).options)[0]),
+        )
         seconds = first_call_s(name, sizes, options, dtype)
         add([_row(name, "triton", options, sizes, dtype, "first call", 1e3 * seconds)])
     return rows
