@@ -77,7 +77,7 @@ def make_inputs(name, *, seed=0, hard=None, state=False, dtype="float64", **size
     drawn = {t: _draw(rng, t, [full[a] for a in ax.split()], hard) for t, ax in axes.items()}
     for t in row.unit:
         drawn[t] = drawn[t] / np.maximum(np.linalg.norm(drawn[t], axis=-1, keepdims=True), 1e-12)
-    if {"a", "b"} <= set(axes):  # b takes a share of what a finds away, so that no state grows
+    if {"a", "b"} <= set(axes):  # b erases a share of what a finds, so that no state grows
         drawn["b"] = -drawn["a"] / (1 + np.exp(-drawn["b"]))
     drawn = {t: round_to(x, dtype) for t, x in drawn.items()}
     if state and left:

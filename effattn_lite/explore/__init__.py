@@ -8,10 +8,17 @@ from importlib import import_module
 MODULES = {
     "AttentionSinks": "attention_sinks",
     "DecayClocks": "decay_clocks",
+    "DeltaDial": "delta_dial",
+    "FactBoard": "fact_board",
+    "ForgetGates": "forget_gates",
+    "KernelView": "kernel_view",
     "LaunchGrid": "launch_grid",
     "MethodMap": "method_map",
     "OnlineSoftmax": "online_softmax",
+    "Poles": "poles",
     "Roofline": "roofline",
+    "Semiseparable": "semiseparable",
+    "ShoutingGate": "shouting_gate",
     "ThreeForms": "three_forms",
 }
 """Class of a figure -> the module of this folder that has it."""

@@ -4,14 +4,14 @@ r"""A state whose transition is a diagonal plus a matrix of rank 1, run both way
     S_t = \operatorname{Diag}(e^{g_t})\,S_{t-1} + b_t y_t^\top + k_t v_t^\top, \qquad o_t = s\,S_t^\top q_t
 
 The gradients obey the same system from the right, readers and writers exchanged: with r the gradient of y and
-dS that of the state, of all that token t and later ones read of it,
+:math:`dS_t` that of :math:`S_t`, the token's own read-out included,
 
 .. math:: r_t = dS_t^\top b_t, \qquad dv_t = dS_t^\top k_t, \qquad
     dS_{t-1} = \operatorname{Diag}(e^{g_t})\,dS_t + a_t r_t^\top + s\,q_{t-1} do_{t-1}^\top
 
-So three kernels do all, each with REVERSE for the right. `dplr_prepare_kernel` makes of all chunks at once what
-does not ask for the state; then one program a head and value tile goes through the text with the state in
-registers; `dplr_gradients_kernel` gives what two readers receive from all that they met.
+So three kernels do all, each with REVERSE for the right. `dplr_prepare_kernel` makes of all chunks at once
+what does not ask for the state; then one program a head and value tile goes through the text with the state
+in registers; `dplr_gradients_kernel` gives what two readers receive from all that they met.
 
 Products of float32 inputs are "ieee", of float16 inputs TF32 on float32 numbers, since a state may leave
 float16's range; sums and states are float32.
@@ -62,12 +62,15 @@ def dplr_states_kernel(
         row = (first + i_c * C + o_c) * H + i_h
         # both read-outs: [C, BK] @ [BK, BV]
         b_y = load_rows(u1, row, m_c, o_v, V) + dot_wide(load_rows(w1, row, m_c, o_k, K), b_S, DTYPE)
-        if OUTPUT:
-            b_o = load_rows(u2, row, m_c, o_v, V) + dot_wide(load_rows(w2, row, m_c, o_k, K), b_S, DTYPE)
-            store_rows(o, row, m_c, o_v, b_o * scale, V)
         if STATES:
             tl.store(h + i_g * K * V + o_S, b_S.to(h.dtype.element_ty), mask=m_S)
             store_rows(y, row, m_c, o_v, b_y, V)
+        if OUTPUT:
+            if DTYPE == tl.float32:
+                # plain FMAs: else the operands of both products wait in registers at once
+                tl.debug_barrier()
+            b_o = load_rows(u2, row, m_c, o_v, V) + dot_wide(load_rows(w2, row, m_c, o_k, K), b_S, DTYPE)
+            store_rows(o, row, m_c, o_v, b_o * scale, V)
         # both writes: [BK, C] @ [C, BV]
         b_S *= tl.exp(tl.load(total + i_g * K + o_k, mask=o_k < K, other=0))[:, None]
         b_S += dot_wide(load_columns(z1, row, m_c, o_k, K), b_y, DTYPE)

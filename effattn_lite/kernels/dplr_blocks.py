@@ -13,19 +13,23 @@ import triton.language as tl
 
 from effattn_lite.kernels.common.scan import dot_wide
 from effattn_lite.kernels.delta_blocks import load_columns, load_rows, span
+from effattn_lite.kernels.gated_decay_chunk import FLOOR
 
 
 @triton.jit
 def sums(g, rows, m_c, o_k, H: tl.constexpr, K: tl.constexpr, OWN: tl.constexpr, COLUMNS: tl.constexpr):
-    """Log decay from the half's start to each token, its own counted with OWN; [BK, HC] with COLUMNS."""
+    """Log decay from the half's start to each token, its own counted with OWN; [BK, HC] with COLUMNS.
+
+    A stronger gate than FLOOR leaves nothing either, and large sums would cost small ones their digits.
+    """
     if not OWN:
         # the tokens before, so that the same numbers are added in the same order
         m_c = m_c & (tl.arange(0, rows.shape[0]) > 0)
         rows = rows - H
     if COLUMNS:
-        b_L = tl.cumsum(load_columns(g, rows, m_c, o_k, K).to(tl.float32), 1)
+        b_L = tl.cumsum(tl.maximum(load_columns(g, rows, m_c, o_k, K).to(tl.float32), FLOOR), 1)
     else:
-        b_L = tl.cumsum(load_rows(g, rows, m_c, o_k, K).to(tl.float32), 0)
+        b_L = tl.cumsum(tl.maximum(load_rows(g, rows, m_c, o_k, K).to(tl.float32), FLOOR), 0)
     return b_L
 
 

@@ -61,7 +61,7 @@ class Launcher:
         return w1, w2, u1, u2, z1, z2, v, total
 
     def run(self, prepared, s0, *, o=None, st=None, h=None, y=None, scale=1.0, reverse=False):
-        """Through the text: the second read-out o and the last state, or every chunk's state and the first."""
+        """Through the text: the second read-out o, the last state; every chunk's state and y, the first."""
         dplr_states_kernel[self.tall_grid](
             *prepared, s0, o, st, h, y, scale=scale, **self.tall, REVERSE=reverse, HAS_S0=s0 is not None,
             OUTPUT=o is not None, STATES=h is not None, STORE_ST=st is not None,

@@ -1,12 +1,12 @@
 r"""Gradients of readers from all that they met, all chunks at once; with REVERSE from the right.
 
-Reader x of token i met the state S that entered the chunk, after a decay :math:`\rho_i`, and the writers y of the
-tokens before it. Its read-out received e, and they had written d:
+Reader x of token i met the state S that entered the chunk, after a decay :math:`\rho_i`, and the writers y of
+the tokens before it. Its read-out received e, and they had written d:
 
 .. math:: dx_i = \rho_i \odot S e_i + \sum_w \sum_j (e_i \cdot d^w_j)\, D_{ij} \odot y^w_j
 
-From the left a and q read; they received R and dO, and Y and V were written. From the right b and k read: Y and
-V of dS, where R and dO were written.
+From the left a and q read; they received R and dO, and Y and V were written. From the right b and k read dS;
+there Y and V are received, and R and dO were written.
 
 The log decay of token t receives what passes over it: what later tokens read of the state, what earlier ones
 leave in it, the state itself, and every pair with t between its tokens. The pairs are counted as all readers
@@ -61,11 +61,9 @@ def undecayed(b_11, b_12, b_21, b_22, REVERSE: tl.constexpr):
         beside, later = o_c[:, None] == o_c[None, :] + 1, o_c[:, None] > o_c[None, :]
         b_p2, b_p3 = tl.where(beside, b_12, 0.0), tl.where(same, b_21, 0.0)
         b_12, b_21 = tl.where(later & ~beside, b_12, 0.0), tl.where(later, b_21, 0.0)
-    b_p1, b_p4 = (
-        tl.sum(tl.where(beside, b_11, 0.0), 1)[:, None],
-        tl.sum(tl.where(same, b_22, 0.0), 1)[:, None],
-    )
-    b_p2, b_p3 = tl.sum(b_p2, 1)[:, None], tl.sum(b_p3, 1)[:, None]
+    b_p1, b_p4 = tl.where(beside, b_11, 0.0), tl.where(same, b_22, 0.0)
+    b_p1, b_p2 = tl.sum(b_p1, 1)[:, None], tl.sum(b_p2, 1)[:, None]
+    b_p3, b_p4 = tl.sum(b_p3, 1)[:, None], tl.sum(b_p4, 1)[:, None]
     b_11, b_22 = tl.where(later & ~beside, b_11, 0.0), tl.where(later, b_22, 0.0)
     return b_p1, b_p2, b_p3, b_p4, b_11, b_12, b_21, b_22
 
@@ -121,7 +119,7 @@ def dplr_gradients_kernel(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BS: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx1 and dx2 of one chunk, head and tile of K, [tokens, H, K]; then from the left reads1, reads2, else dg.
+    """dx1 and dx2 of one chunk, head and tile of K, [tokens, H, K]; from the left reads, from the right dg.
 
     reads: x dx without the pairs that do not decay, float32. S: the states that enter from this side,
     [chunks, H, K, V]; other: those from the other.

@@ -4,8 +4,8 @@ r"""What a chunk can know before its state arrives, all chunks at once; with REV
     U_1 = M A^{12} V, \quad U_2 = (N A^{12} + A^{22}) V
 
 with the tables :math:`A^{rw}` of readers r on writers w, each pair with the decay between them. A state S
-that enters then gives both read-outs, :math:`W_1 S + U_1` and :math:`W_2 S + U_2`: what is written back and the
-output, or from the right the gradients of what was written back and of v. No table is kept for later.
+that enters then gives both read-outs, :math:`W_1 S + U_1` and :math:`W_2 S + U_2`: what is written back and
+the output, or from the right the gradients of what was written back and of v. No table is kept for later.
 
 A chunk is two halves. Between them decays split at the boundary, so that both factors' exponents are at most
 0; within a half see `delta_blocks.scores`. From the right the tables are made anew, since a product that is
@@ -137,6 +137,7 @@ def dplr_prepare_kernel(
         if OUTPUT:
             store_rows(u2, r_E, m_E, o_v, dot_wide(b_22E, b_vE, DTYPE), V)
             store_rows(u2, r_F, m_F, o_v, dot_wide(b_22, b_vE, DTYPE) + dot_wide(b_22F, b_vF, DTYPE), V)
+    # [/sketch:fwd]
     # 4 how a state is read, W1 and W2, and how it is written to
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
@@ -160,4 +161,3 @@ def dplr_prepare_kernel(
         store_rows(z1, r_F, m_F, o_k, load_rows(y1, r_F, m_F, o_k, K) * b_f1, K)
         store_rows(z2, r_E, m_E, o_k, load_rows(y2, r_E, m_E, o_k, K) * b_e2 * b_lF, K)
         store_rows(z2, r_F, m_F, o_k, load_rows(y2, r_F, m_F, o_k, K) * b_f2, K)
-    # [/sketch:fwd]

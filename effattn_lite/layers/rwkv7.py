@@ -14,7 +14,7 @@ ROLES = 6
 
 
 class RWKV7(Mixer):
-    r"""Goose's time mixing: :math:`y = W_O\,(g \odot (\mathrm{LN}_h(o) + (r^\top (\rho \odot \tilde k))\,v))`.
+    r"""Goose's time mixing: :math:`y = W_O\,(g \odot (\mathrm{LN}_h(o) + (\rho \odot r)^\top \tilde k\, v))`.
 
     Each of r, w, k, v, a and g sees its own mixture of this token and the one before,
     :math:`x^\square = x_t + \mu_\square \odot (x_{t-1} - x_t)`; r, k and v are projections of theirs, and
@@ -23,9 +23,9 @@ class RWKV7(Mixer):
         \eta = \sigma\bigl(\nu + x^a A_a B_a\bigr), \qquad g = \sigma(x^g A_g)\, B_g, \qquad
         \kappa = \mathrm{unit}(\xi \odot k), \qquad \tilde k = k \odot (1 + (\eta - 1) \odot \alpha)
 
-    The op takes r for q, log w for g, :math:`\tilde k` for k, :math:`-\kappa` for a and
-    :math:`\kappa \odot \eta` for b: what :math:`\kappa` finds fades at the rates :math:`\eta`, which also
-    weaken the new key. The bonus lets a token see its own value past the norm.
+    The op takes r as q, log w as its g, :math:`\tilde k` as k, :math:`-\kappa` as a and
+    :math:`\kappa \odot \eta` as b: of what :math:`\kappa` finds each channel loses its share
+    :math:`\eta`, which also scales the new key. The bonus lets a token see its own value past the norm.
 
     Args:
         width: D.

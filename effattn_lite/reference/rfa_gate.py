@@ -134,7 +134,7 @@ def chunkwise(q, k, v, *, omega, g, floor=0.0, initial_state=None, chunk_size=16
     r"""Gated random feature attention a chunk at a time: parallel inside, recurrent from chunk to chunk.
 
     .. math:: O = \frac{A V + e^{G} \odot \phi(Q)\, S}{A \mathbf 1 + e^{G} \odot \phi(Q)\, z}, \quad
-        S \leftarrow e^{G_{n-1}} S + \Phi^\top V, \quad z \leftarrow e^{G_{n-1}} z + \Phi^\top \mathbf 1, \quad
+        S \leftarrow e^{G_{n-1}} S + \Phi^\top V, \quad z \leftarrow e^{G_{n-1}} z + \Phi^\top \mathbf 1,
         \Phi_i = e^{G_{n-1} - G_i} (1 - e^{g_i})\, \phi(k_i)
 
     for a chunk of n tokens i = 0..n-1, with A and G as in `parallel`; the last chunk may be short.

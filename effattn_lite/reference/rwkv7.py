@@ -107,9 +107,7 @@ def chunkwise(q, k, v, *, g, a, b, scale=1.0, initial_state=None, chunk_size=16)
     for a chunk of n tokens, with the tables A of `parallel` from the chunk's start, :math:`\xi_n = e^{G_n}`
     and :math:`\zeta_j = e^{G_n - G_j}`. M, W and U do not ask for the state; the last chunk may be short.
 
-    Args and returns: as `recurrent`, and
-
-        chunk_size: C, tokens in a chunk.
+    Args and returns: as `recurrent`, and chunk_size: C, tokens in a chunk.
 
     Cost: B H (T C (14 K + 8 V) + T C^2 + T (8 K V + 4 K + 4 V - 1) + 3 NC K V) FLOPs where C divides T.
     Source: Peng et al. 2025, arXiv:2503.14456; the WY form of Yang et al. 2024, arXiv:2406.06484, with two
