@@ -1,6 +1,7 @@
 // A board of four facts: write, replace and wipe, four memories side by side, and the eigenvalues of a token.
 
 const TOP = 1.7, WIPED = 0.02, FACTS = ["A", "B", "C", "D"];
+const ORDERS = { first: "decays, then corrects", survey: "corrects what was there before the decay", last: "corrects, then decays" };
 
 const inner = (a, b) => a.reduce((sum, x, i) => sum + x * b[i], 0);
 const tidy = (x) => (Math.abs(x) < 5e-3 ? "0" : formatNumber(x, Math.abs(x) < 0.1 ? 1 : Math.abs(x) < 1 ? 2 : 3)).replace("-", "−");
@@ -152,7 +153,8 @@ export default {
       const told = count ? `After ${count} ${count === 1 ? "token" : "tokens"}` : "With nothing written";
       const errors = names.map((name, i) => `${name} ${tidy(off[i])}`).join(", ");
       const last = one.length ? ` Eigenvalues of the last token: ${spell(one)}${two.length ? `; of the last two together: ${spell(two)}` : ""}.` : "";
-      return `${told} the largest errors are: ${errors}. Fact ${FACTS[fact]} is ${tidy(truth[fact])}; gated delta answers ${tidy(answers[3][fact])}.${last}`;
+      const asked = `Fact ${FACTS[fact]} is ${tidy(truth[fact])}, to become ${tidy(stage.get("value"))}; gated delta, which ${ORDERS[stage.get("order")]}, answers ${tidy(answers[3][fact])}.`;
+      return `${told} the largest errors are: ${errors}. ${asked}${last}`;
     });
     return stage.cleanup;
   },
