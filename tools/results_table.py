@@ -42,7 +42,10 @@ def _table(record):
         size = row["shape"]
         options = "".join(f", {key} {value}" for key, value in row.get("options", {}).items())
         at = ", ".join([f"{axis} {size[axis]}" for axis in "BHKD" if axis in size] + [row["dtype"]])
-        runs.setdefault((f"{row['op']}{options}", row["pass"], size["T"], at), {})[row["impl"]] = row
+        # a link in every table: one that scrolls must be reachable by keyboard
+        file = BOOK.parent / "effattn_lite" / "ops" / f"{row['op']}.py"
+        op = f"[{row['op']}]({SITE.source(file)}){options}"
+        runs.setdefault((op, row["pass"], size["T"], at), {})[row["impl"]] = row
     lines = [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
     lines += [f"| {' | '.join(_cells(op, which, T, found))} |" for (op, which, T, _), found in runs.items()]
     sizes = "; ".join(dict.fromkeys(at for *_, at in runs))
