@@ -5,10 +5,10 @@ import importlib
 import numpy as np
 import pytest
 import torch
+from held import both, hold
 
 from effattn_lite.testing import (
     EPS,
-    budget,
     make_inputs,
     max_error,
     relative_error,
@@ -26,30 +26,6 @@ DTYPES = ("float32", "float16", *(("bfloat16",) if torch.cuda.is_available() els
 MIXED = (0.0, -1e-6, -1.0, -20.0, -200.0)
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
-
-
-def both(name, inputs, *, impl, dtype, device, edges=None, **options):
-    """Outputs, and gradients of all inputs from fixed cotangents on o and the final state."""
-    x = to_torch(inputs, dtype=dtype, device=device, requires_grad=True)
-    cu_seqlens = None if edges is None else torch.tensor(edges, device=device)
-    out = run_op(name, x, impl=impl, cu_seqlens=cu_seqlens, **options)
-    rng = np.random.default_rng(3)
-    dout = [torch.tensor(np.round(rng.normal(size=y.shape) * 8) / 8).to(y) for y in out]
-    grads = torch.autograd.grad(out, tuple(x.values()), dout)
-    return dict(zip(("o", "S", *x), (*out, *grads), strict=True))
-
-
-def hold(name, inputs, *, device, dtype="float32", edges=None):
-    """Hold the kernels to the law's budget: twice plain torch's error, three times for gradients."""
-    how = dict(edges=edges)
-    want = both(name, inputs, impl="torch", dtype="float64", device="cpu", **how)
-    plain = both(name, inputs, impl="torch", dtype=dtype, device=device, **how)
-    got = both(name, inputs, impl="triton", dtype=dtype, device=device, **how)
-    terms = max(inputs["q"].shape[-1], inputs["v"].shape[-1])
-    for what in want:
-        limit = budget(want[what], plain[what], dtype, factor=2.0 if what in "oS" else 3.0, terms=terms)
-        error = max_error(got[what].detach(), want[what].detach())
-        assert error <= limit, f"{'' if what in 'oS' else 'd'}{what}: error {error:.2e}, budget {limit:.2e}"
 
 
 def with_gates(inputs, gates):
