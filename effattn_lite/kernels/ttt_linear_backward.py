@@ -111,9 +111,10 @@ def ttt_linear_backward_kernel(
     if HAS_DHT:
         b_G = tl.load(dS1 + p_Wt, mask=m_W, other=0) + tl.load(dD1 + p_Wt, mask=m_W & ends, other=0)
         b_Gb += tl.load(ds1 + p_b, mask=m_k, other=0) + tl.load(dd1 + p_b, mask=m_k & ends, other=0)
-        if (length == 0) & HAS_H0:
-            tl.store(dD0 + p_Wt, tl.load(dD1 + p_Wt, mask=m_W, other=0), mask=m_W)
-            tl.store(dd0 + p_b, tl.load(dd1 + p_b, mask=m_k, other=0), mask=m_k)
+        if HAS_H0:  # a branch of its own: without it dD0 is None, which a condition known late would compile
+            if length == 0:
+                tl.store(dD0 + p_Wt, tl.load(dD1 + p_Wt, mask=m_W, other=0), mask=m_W)
+                tl.store(dd0 + p_b, tl.load(dd1 + p_b, mask=m_k, other=0), mask=m_k)
     else:
         b_G = tl.zeros([BK, BK], tl.float32)
     # the gradient of the model, G, stays in dS0: registers are full without it
