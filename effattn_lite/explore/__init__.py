@@ -7,9 +7,11 @@ from importlib import import_module
 
 MODULES = {
     "AttentionSinks": "attention_sinks",
+    "CarriedSurprise": "carried_surprise",
     "DecayClocks": "decay_clocks",
     "DeltaDial": "delta_dial",
     "FactBoard": "fact_board",
+    "FeatureCloud": "feature_cloud",
     "ForgetGates": "forget_gates",
     "KernelView": "kernel_view",
     "LaunchGrid": "launch_grid",

@@ -80,8 +80,7 @@ def dual(q, k, v, *, g, mu, eta, batch_size=16, scale=None, initial_state=None):
             # the rest of a mini-batch
             part = slice(first, min(first + batch_size - c[row], T))
             qc, kc, vc = (x[row, part].swapaxes(0, 1) for x in (q, k, v))  # [H, n, K or V]
-            keep, carry = np.exp(g[row, part]).T, mu[row, part].T  # [H, n]
-            n = qc.shape[1]
+            keep, carry, n = np.exp(g[row, part]).T, mu[row, part].T, qc.shape[1]  # [H, n]
             # 1 shares kept between two tokens, and from the mini-batch's start: a row from the one above
             G, U, past = np.zeros((H, n, n + 1)), np.zeros((H, n, n)), np.zeros((H, n, 1))
             for t in range(n):
@@ -102,11 +101,8 @@ def dual(q, k, v, *, g, mu, eta, batch_size=16, scale=None, initial_state=None):
             z = np.einsum("htj,hjv->htv", A, W) + gamma * np.einsum("htk,hkv->htv", qc, M[row])
             o[row, part] = (scale * (z + a * np.einsum("htk,hkv->htv", qc, P[row]))).swapaxes(0, 1)
             # 4 memory and momentum after the last of these tokens
-            M[row] = (
-                gamma[:, -1:] * M[row]
-                + a[:, -1:] * P[row]
-                + np.einsum("hjk,hjv->hkv", kc, L[:, -1, :, None] * W)
-            )
+            M[row] = gamma[:, -1:] * M[row] + a[:, -1:] * P[row]
+            M[row] += np.einsum("hjk,hjv->hkv", kc, L[:, -1, :, None] * W)
             P[row] = past[:, -1:] * P[row] + np.einsum("hjk,hjv->hkv", kc, U[:, -1, :, None] * W)
             first, c[row] = part.stop, (c[row] + n) % batch_size
             if c[row] == 0:

@@ -24,7 +24,12 @@ CHAPTERS = (
         "2.1",
         needs=("foundations/online_softmax", "foundations/three_forms"),
     ),
-    Chapter("linear/random_features", "Random features", "2.1"),
+    Chapter(
+        "linear/random_features",
+        "Random features: right on average",
+        "2.1",
+        needs=("linear/kernel_view",),
+    ),
     Chapter("linear/shaped_features", "Shaped features", "2.1"),
     Chapter(
         "linear/fixed_decay",
@@ -65,7 +70,12 @@ CHAPTERS = (
     ),
     Chapter("linear/online_learning", "Attention as online learning", "2.3"),
     Chapter("linear/test_time_training", "Test-time training", "2.3"),
-    Chapter("linear/titans", "Titans: momentum and weight decay", "2.3"),
+    Chapter(
+        "linear/titans",
+        "Titans: a surprise that is carried on",
+        "2.3, 2.5",
+        needs=("linear/delta_rule", "linear/gated_delta"),
+    ),
     Chapter("linear/elementwise", "Element-wise linear attention", "2.4.1"),
     Chapter("linear/multi_pass", "Two passes over bounded memory", "2.4.2"),
     Chapter("linear/bidirectional", "Low-rank bidirectional attention", "2.4.3"),
