@@ -6,7 +6,9 @@
 from importlib import import_module
 
 MODULES = {
+    "AttentionShapes": "attention_shapes",
     "AttentionSinks": "attention_sinks",
+    "BiasLine": "bias_line",
     "CarriedSurprise": "carried_surprise",
     "DecayClocks": "decay_clocks",
     "DeltaDial": "delta_dial",

@@ -30,7 +30,12 @@ CHAPTERS = (
         "2.1",
         needs=("linear/kernel_view",),
     ),
-    Chapter("linear/shaped_features", "Shaped features", "2.1"),
+    Chapter(
+        "linear/shaped_features",
+        "Shaped features: positive, local, spiky",
+        "2.1",
+        needs=("linear/kernel_view",),
+    ),
     Chapter(
         "linear/fixed_decay",
         "Fixed decay: a memory with a half-life",
@@ -76,7 +81,12 @@ CHAPTERS = (
         "2.3, 2.5",
         needs=("linear/delta_rule", "linear/gated_delta"),
     ),
-    Chapter("linear/elementwise", "Element-wise linear attention", "2.4.1"),
+    Chapter(
+        "linear/elementwise",
+        "Element-wise attention: averages that nobody asked for",
+        "2.4.1",
+        needs=("foundations/online_softmax", "linear/fixed_decay"),
+    ),
     Chapter("linear/multi_pass", "Two passes over bounded memory", "2.4.2"),
     Chapter("linear/bidirectional", "Low-rank bidirectional attention", "2.4.3"),
     Chapter("linear/chunkwise_kernels", "How chunkwise kernels are built", "2.5"),
