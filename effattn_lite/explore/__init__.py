@@ -12,6 +12,7 @@ MODULES = {
     "CarriedSurprise": "carried_surprise",
     "DecayClocks": "decay_clocks",
     "DeltaDial": "delta_dial",
+    "Drawers": "drawers",
     "FactBoard": "fact_board",
     "FeatureCloud": "feature_cloud",
     "ForgetGates": "forget_gates",

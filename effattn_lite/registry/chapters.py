@@ -87,7 +87,12 @@ CHAPTERS = (
         "2.4.1",
         needs=("foundations/online_softmax", "linear/fixed_decay"),
     ),
-    Chapter("linear/multi_pass", "Two passes over bounded memory", "2.4.2"),
+    Chapter(
+        "linear/multi_pass",
+        "Two passes over bounded memory",
+        "2.4.2",
+        needs=("foundations/online_softmax", "linear/gates"),
+    ),
     Chapter("linear/bidirectional", "Low-rank bidirectional attention", "2.4.3"),
     Chapter("linear/chunkwise_kernels", "How chunkwise kernels are built", "2.5"),
     Chapter("sparse/fixed_patterns", "Fixed patterns", "3.1"),
