@@ -46,9 +46,11 @@ export default {
     stage.select("rule", { label: "a drawer is", options: [["abc", "the mean of all words (ABC)"], ["gsa", "what its gate keeps (GSA)"]] });
     stage.select("ask", { label: "ask for", options: names.map((name, i) => [i, name]) });
     stage.append(htmlElement("div", { class: "explorable-controls" }));
-    stage.button({ label: "By name", press: () => stage.set({ place: tokens.map(([who]) => who % DRAWERS) }) });
-    stage.button({ label: "In rotation", press: () => stage.set({ place: tokens.map((_, t) => t % DRAWERS) }) });
-    stage.button({ label: "All into the first", press: () => stage.set({ place: tokens.map(() => 0) }) });
+    const rules = { "By name": ([who]) => who % DRAWERS, "In rotation": (_, t) => t % DRAWERS, "All into the first": () => 0 };
+    for (const [label, rule] of Object.entries(rules)) {
+      const place = tokens.map(rule), there = () => place.every((m, t) => m === stage.get("place")[t]);
+      stage.button({ label, disabled: there, press: () => stage.set({ place }) });
+    }
     stage.append(htmlElement("div", { class: "explorable-controls" }));
     stage.slider("force", { label: "force, nats", min: 0, max: 8, step: 0.5 });
     stage.slider("length", { label: "length of the query", min: 0, max: 40, step: 1 });

@@ -73,7 +73,12 @@ CHAPTERS = (
         "2.3, 4.1",
         needs=("linear/gates", "linear/delta_rule"),
     ),
-    Chapter("linear/online_learning", "Attention as online learning", "2.3"),
+    Chapter(
+        "linear/online_learning",
+        "Online learning: every memory is one step of an optimiser",
+        "2.3",
+        needs=("linear/gates", "linear/gated_delta"),
+    ),
     Chapter("linear/test_time_training", "Test-time training", "2.3"),
     Chapter(
         "linear/titans",
