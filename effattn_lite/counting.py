@@ -109,7 +109,7 @@ def _einsum_flops(subscripts, *operands):
         # axes under an ellipsis are named from the right: they broadcast
         wild = [f"...{i}" for i in range(np.ndim(x) - len(head + tail), 0, -1)] if dots else []
         for axis, n in zip([*head, *wild, *tail], np.shape(x), strict=True):
-            size[axis] = max(size.get(axis, 1), n)
+            size[axis] = n if size.get(axis, 1) == 1 else size[axis]
     for n in size.values():
         points *= n
     summed = any(axis not in out for axis in size if len(axis) == 1)

@@ -2,9 +2,11 @@
 
 from effattn_lite.ops.abc import abc
 from effattn_lite.ops.aft import aft
+from effattn_lite.ops.block_sparse_attention import block_sparse_attention
 from effattn_lite.ops.block_streaming import block_streaming
 from effattn_lite.ops.cosformer import cosformer
 from effattn_lite.ops.deltanet import deltanet
+from effattn_lite.ops.flexprefill import flexprefill
 from effattn_lite.ops.fwp import fwp
 from effattn_lite.ops.gated_deltanet import gated_deltanet
 from effattn_lite.ops.gateloop import gateloop
@@ -22,6 +24,7 @@ from effattn_lite.ops.longhorn import longhorn
 from effattn_lite.ops.luna import luna
 from effattn_lite.ops.mamba import mamba
 from effattn_lite.ops.mamba2 import mamba2
+from effattn_lite.ops.minference import minference
 from effattn_lite.ops.mlstm import mlstm
 from effattn_lite.ops.performer import performer
 from effattn_lite.ops.retnet import retnet
@@ -35,7 +38,9 @@ from effattn_lite.ops.s4 import s4
 from effattn_lite.ops.sliding_window import sliding_window
 from effattn_lite.ops.slstm import slstm
 from effattn_lite.ops.softmax_attention import softmax_attention
+from effattn_lite.ops.spargeattn import spargeattn
 from effattn_lite.ops.streaming_llm import streaming_llm
 from effattn_lite.ops.titans import titans
 from effattn_lite.ops.ttt_linear import ttt_linear
 from effattn_lite.ops.ttt_mlp import ttt_mlp
+from effattn_lite.ops.xattention import xattention

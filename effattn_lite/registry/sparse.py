@@ -80,6 +80,20 @@ SPARSE = (
         chapter="sparse/prefill_patterns",
         cite=("jiang2024minference",),
         rooms=("reference", "op", "kernel"),
+        inputs={"q": "B T H K", "k": "B T HKV K", "v": "B T HKV V"},
+        forms=("quadratic", "gathered"),
+        options=(
+            {"columns": 9, "diagonals": 7, "sinks": 2, "window": 3, "last_queries": 16},
+            {"columns": 20, "diagonals": 12, "sinks": 0, "window": 1, "last_queries": 70},
+        ),
+        engine="vertical_slash",
+        reduces_to={
+            "softmax_attention": "columns >= T",
+            "streaming_llm": "columns = sinks, diagonals = window",
+        },
+        aliases=("vertical_slash",),
+        # what a token sees depends on later tokens
+        causal=False,
         differentiable=False,
     ),
     Method(
@@ -90,6 +104,16 @@ SPARSE = (
         chapter="sparse/prefill_patterns",
         cite=("lai2025flexprefill",),
         rooms=("reference", "op", "kernel"),
+        inputs={"q": "B T H K", "k": "B T HKV K", "v": "B T HKV V"},
+        forms=("quadratic", "blockwise"),
+        options=(
+            {"gamma": 0.63, "tau": 0.1, "min_budget": 8, "block_size": 8},
+            {"gamma": 0.5, "tau": 0.35, "min_budget": 4, "block_size": 4},
+        ),
+        engine="block_select",
+        reduces_to={"softmax_attention": "gamma = 1"},
+        # what a token sees depends on later tokens
+        causal=False,
         differentiable=False,
     ),
     Method(
@@ -100,6 +124,17 @@ SPARSE = (
         chapter="sparse/prefill_scoring",
         cite=("xu2025xattention",),
         rooms=("reference", "op", "kernel"),
+        inputs={"q": "B T H K", "k": "B T HKV K", "v": "B T HKV V"},
+        forms=("quadratic", "blockwise"),
+        options=(
+            {"block_size": 8, "stride": 4, "threshold": 0.63},
+            {"block_size": 16, "stride": 2, "threshold": 0.31},
+        ),
+        engine="block_select",
+        reduces_to={"softmax_attention": "threshold = 1"},
+        aliases=("x_attention",),
+        # what a token sees depends on later tokens
+        causal=False,
         differentiable=False,
     ),
     Method(
@@ -110,6 +145,17 @@ SPARSE = (
         chapter="sparse/prefill_scoring",
         cite=("zhang2025spargeattn",),
         rooms=("reference", "op", "kernel"),
+        inputs={"q": "B T H K", "k": "B T HKV K", "v": "B T HKV V"},
+        forms=("quadratic", "tiled"),
+        options=(
+            {"query_block_size": 16, "block_size": 8, "similarity": 0.1, "threshold": 0.6, "skip": -1.0},
+            {"query_block_size": 8, "block_size": 4, "similarity": 0.2, "threshold": 0.7, "skip": -0.5},
+        ),
+        engine="block_filter",
+        reduces_to={"softmax_attention": "threshold = 1, skip = -inf"},
+        aliases=("sparge_attention",),
+        # what a token sees depends on later tokens
+        causal=False,
         differentiable=False,
     ),
     Method(
