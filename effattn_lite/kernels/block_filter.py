@@ -27,7 +27,7 @@ HALF = {
 FLOAT = {
     launch.INTERPRETER: {256: (64, 4, 1)},
     75: {64: (32, 8, 1), 128: (32, 8, 1)},
-    80: {64: (64, 8, 1), 128: (32, 8, 1), 256: (16, 8, 1)},
+    80: {64: (64, 8, 1), 128: (32, 8, 1), 256: (32, 16, 1)},
 }
 
 
@@ -118,14 +118,15 @@ def forward(q, k, v, mask, blocks, skip):
         with launch.on_device(q):
             lists = Lists(q, k, None, mask, None, blocks)
             lists, counts, _, _, _, NQ, CAP = lists.rows()
-            BM = min(BM, launch.padded(QS))
+            # the rows that decide together lie in one tile
+            BM, W = max(min(BM, launch.padded(QS)), QS // 4), QS // 4
             log2e = 1.4426950408889634
             block_filter_fwd_kernel[(B * H * NQ * launch.cdiv(QS, BM),)](
                 q, k, v, o, lse, lists, counts, None, None, T, NQ, CAP, H, H // HKV,
                 max(blocks.scale, 1e-30) * log2e, skip * log2e,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                 K=K, V=V, BK=launch.padded(K), BV=launch.padded(V), BM=BM, BN=launch.padded(BS),
-                BS=BS, QS=QS, W=QS // 4, num_warps=warps, num_stages=stages,
+                BS=BS, QS=QS, W=W, num_warps=warps, num_stages=stages,
             )  # fmt: skip
     return o, lse.transpose(1, 2)
 
@@ -153,8 +154,7 @@ def variants(capability=80):
         itemsize = 4 if kind == "fp32" else 2
         BM, warps, stages = tuning(capability, width, itemsize)
         BS = min(128, largest // (width * itemsize))
-        constants = dict(K=width, V=width, BK=width, BV=width, BM=BM, BN=BS, BS=BS, QS=4 * min(BM, 32))
-        constants |= dict(W=constants["QS"] // 4)
+        constants = dict(K=width, V=width, BK=width, BV=width, BM=BM, BN=BS, BS=BS, QS=128, W=32)
         signature = {arg: _kind(arg, kind, constants) for arg in kernel.arg_names}
         options = dict(num_warps=warps, num_stages=stages)
         yield f"fwd-{kind}-{width}-{BM}x{BS}-{warps}-{stages}", kernel, signature, constants, options

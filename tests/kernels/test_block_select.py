@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (it needs Linux)")
 
 from effattn_lite.ops.engines import block_select as engine  # noqa: E402
-from effattn_lite.testing import budget, flat, max_error  # noqa: E402
+from effattn_lite.testing import budget, flat, max_error, relative_error  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if CUDA else ()))
@@ -105,7 +105,10 @@ def test_large_scores(device):
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_more_than_int32_elements():
-    """2^31 elements and more in q and k: the last head's estimates are those of the head alone."""
+    """2^31 elements and more in q and k: the last head's estimates are those of the head alone.
+
+    Up to rounding: torch sums one head's weights in another order than those of many.
+    """
     T, H, K = 2**17 + 77, 128, 128
     q, k = (torch.randn(1, T, H, K, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     alone = [x[:, :, -1:].clone() for x in (q, k)]
@@ -116,4 +119,5 @@ def test_more_than_int32_elements():
         mass = engine.antidiagonal_mass(q, k, block_size=1024, stride=16, scale=0.1, impl="triton")
         return [x[:, -1] for x in (*means, *sums, mass)]
 
-    assert all(torch.equal(a, b) for a, b in zip(estimates(q, k), estimates(*alone), strict=True))
+    pairs = zip(estimates(q, k), estimates(*alone), strict=True)
+    assert [relative_error(a, b) < 1e-5 for a, b in pairs] == [True] * 5
