@@ -19,6 +19,7 @@ MODULES = {
     "KernelView": "kernel_view",
     "LaunchGrid": "launch_grid",
     "MethodMap": "method_map",
+    "OnlineLearner": "online_learner",
     "OnlineSoftmax": "online_softmax",
     "Poles": "poles",
     "Roofline": "roofline",
