@@ -20,7 +20,9 @@ from effattn_lite.ops.kda import kda
 from effattn_lite.ops.lightning_attention import lightning_attention
 from effattn_lite.ops.linear_transformer import linear_transformer
 from effattn_lite.ops.linformer import linformer
+from effattn_lite.ops.logsparse import logsparse
 from effattn_lite.ops.longhorn import longhorn
+from effattn_lite.ops.longnet import longnet
 from effattn_lite.ops.luna import luna
 from effattn_lite.ops.mamba import mamba
 from effattn_lite.ops.mamba2 import mamba2
@@ -39,6 +41,7 @@ from effattn_lite.ops.sliding_window import sliding_window
 from effattn_lite.ops.slstm import slstm
 from effattn_lite.ops.softmax_attention import softmax_attention
 from effattn_lite.ops.spargeattn import spargeattn
+from effattn_lite.ops.sparse_transformer import sparse_transformer
 from effattn_lite.ops.streaming_llm import streaming_llm
 from effattn_lite.ops.titans import titans
 from effattn_lite.ops.ttt_linear import ttt_linear

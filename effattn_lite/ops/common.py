@@ -102,6 +102,18 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor | None, B: int, T: int) -> None:
         raise ValueError(f"cu_seqlens is {cu_seqlens.tolist()}, expected to rise from 0 to T = {T}")
 
 
+def by_sequence(
+    function, cu_seqlens: torch.Tensor | None, *tensors: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Call a function of tensors [1, T, ...], T >= 1, on each packed sequence by itself; join its outputs."""
+    if cu_seqlens is None:
+        return function(*tensors)
+    edges = cu_seqlens.tolist()
+    spans = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    parts = [function(*(x[:, span] for x in tensors)) for span in spans]
+    return tuple(torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+
+
 def register(name: str, schema: str, run, fake) -> None:
     """Define the torch operator `effattn_lite::name`, so that torch.compile and torch.export see one node.
 

@@ -64,7 +64,8 @@ def attend(
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Check the arguments, choose an implementation, return (o, lse); arguments as in the public op."""
-    _check(q, k, v, sink_logits, cu_seqlens, window, sinks, softcap)
+    check(q, k, v, cu_seqlens)
+    _check_pattern(q, sink_logits, window, sinks, softcap)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if scale < 0:  # a maximum of scores is the scaled maximum of products only if the scale is >= 0
         q, scale = -q, -scale
@@ -73,7 +74,25 @@ def attend(
     return torch.ops.effattn_lite.softmax_attention(q, k, v, sink_logits, cu_seqlens, *pattern, impl)
 
 
-def _check(q, k, v, sink_logits, cu_seqlens, window, sinks, softcap):
+def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""One softmax over disjoint sets of keys, from one over each; parts and result are (o, lse).
+
+    .. math:: o = \sum_i e^{\mathrm{lse}_i - \mathrm{lse}} o_i, \qquad
+        \mathrm{lse} = \log \sum_i e^{\mathrm{lse}_i}
+    """
+    lse = torch.stack([part[1] for part in parts])
+    # any finite m will do: a part, or all of them, may have seen nothing
+    m = lse.detach().amax(0).nan_to_num(neginf=0.0)
+    weight = (lse - m).exp()
+    total = weight.sum(0)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    o = sum(w[..., None] * part[0] for w, part in zip(weight / total, parts, strict=True))
+    return o.to(parts[0][0].dtype), (m + total.log()).masked_fill(empty, -torch.inf)
+
+
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
+    """Check shapes, heads, devices, dtypes and the edges of packed sequences; raises as `attend` does."""
     sizes = {}
     common.check_shape("q", q, "B T H K", sizes)
     common.check_shape("k", k, "B Tk HKV K", sizes)
@@ -84,9 +103,6 @@ def _check(q, k, v, sink_logits, cu_seqlens, window, sinks, softcap):
     common.check_heads(sizes["H"], sizes["HKV"])
     for name, x in (("k", k), ("v", v)):
         common.check_alike(name, x, q)
-    if sink_logits is not None:
-        common.check_shape("sink_logits", sink_logits, "H", sizes)
-        common.check_alike("sink_logits", sink_logits, q, dtype=False)
     if cu_seqlens is not None:
         common.check_cu_seqlens(cu_seqlens, sizes["B"], sizes["T"])
         common.check_alike("cu_seqlens", cu_seqlens, q, dtype=False)
@@ -94,6 +110,12 @@ def _check(q, k, v, sink_logits, cu_seqlens, window, sinks, softcap):
             raise ValueError(
                 f"cu_seqlens packs queries and keys alike, but T = {sizes['T']} and Tk = {sizes['Tk']}"
             )
+
+
+def _check_pattern(q, sink_logits, window, sinks, softcap):
+    if sink_logits is not None:
+        common.check_shape("sink_logits", sink_logits, "H", {"H": q.shape[2]})
+        common.check_alike("sink_logits", sink_logits, q, dtype=False)
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, expected None or >= 1: it counts the token itself")
     if sinks < 0:
