@@ -23,6 +23,7 @@ MODULES = {
     "OnlineSoftmax": "online_softmax",
     "Poles": "poles",
     "Roofline": "roofline",
+    "SegmentPlan": "segment_plan",
     "Semiseparable": "semiseparable",
     "ShoutingGate": "shouting_gate",
     "ThreeForms": "three_forms",

@@ -99,7 +99,12 @@ CHAPTERS = (
         needs=("foundations/online_softmax", "linear/gates"),
     ),
     Chapter("linear/bidirectional", "Low-rank bidirectional attention", "2.4.3"),
-    Chapter("linear/chunkwise_kernels", "How chunkwise kernels are built", "2.5"),
+    Chapter(
+        "linear/chunkwise_kernels",
+        "How chunkwise kernels are built",
+        "2.5",
+        needs=("foundations/three_forms", "foundations/first_triton_kernel", "linear/fixed_decay"),
+    ),
     Chapter("sparse/fixed_patterns", "Fixed patterns", "3.1"),
     Chapter(
         "sparse/attention_sinks",
