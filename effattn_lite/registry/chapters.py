@@ -79,7 +79,12 @@ CHAPTERS = (
         "2.3",
         needs=("linear/gates", "linear/gated_delta"),
     ),
-    Chapter("linear/test_time_training", "Test-time training", "2.3"),
+    Chapter(
+        "linear/test_time_training",
+        "Test-time training: reading is training",
+        "2.3, 2.5",
+        needs=("linear/delta_rule", "linear/online_learning"),
+    ),
     Chapter(
         "linear/titans",
         "Titans: a surprise that is carried on",
@@ -98,7 +103,12 @@ CHAPTERS = (
         "2.4.2",
         needs=("foundations/online_softmax", "linear/gates"),
     ),
-    Chapter("linear/bidirectional", "Low-rank bidirectional attention", "2.4.3"),
+    Chapter(
+        "linear/bidirectional",
+        "Low-rank bidirectional attention",
+        "2.4.3",
+        needs=("linear/kernel_view", "linear/multi_pass"),
+    ),
     Chapter(
         "linear/chunkwise_kernels",
         "How chunkwise kernels are built",
