@@ -67,6 +67,7 @@ def run(job):
     return {
         "task": task, "mixer": name, "lr": lr, "seed": seed, **scores, "loss": round(found["loss"], 4),
         "seconds": round(found["seconds"], 1), "state": floats(model, how["width"], device),
+        "device": place(device),
     }  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def main():
     ).stdout.strip()
     record = {
         "name": "linear_tasks",
-        "device": torch.cuda.get_device_name() if known.device != "cpu" else processor(),
+        "device": place(known.device),
         "date": str(date.today()),
         "versions": {
             "python": platform.python_version(),
@@ -144,8 +145,10 @@ def main():
             Path(known.out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def processor():
-    """The CPU's name, as Linux tells it."""
+def place(device):
+    """The name of the GPU or, as Linux tells it, of the CPU."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -27,6 +27,7 @@ MODULES = {
     "SegmentPlan": "segment_plan",
     "Semiseparable": "semiseparable",
     "ShoutingGate": "shouting_gate",
+    "Squeeze": "squeeze",
     "ThreeForms": "three_forms",
 }
 """Class of a figure -> the module of this folder that has it."""
