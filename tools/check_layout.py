@@ -94,10 +94,11 @@ def check_names():
     owned = {folder: {n for n, row in METHODS.items() if room in row.rooms} for folder, room in ROOMS.items()}
     engines = {row.engine for row in METHODS.values()}
     owned |= {"kernels": {*engines}, "ops/engines": {*engines}}
-    # what methods over features share stands on two engines; what selects blocks ends in one public op
-    owned["ops/engines"] |= {"feature_map", "block_sparse", "token_sparse"}
+    # what methods over features share stands on two engines; what selects blocks ends in one public op;
+    # two learn the same gate
+    owned["ops/engines"] |= {"feature_map", "block_sparse", "token_sparse", "attention_gate"}
     owned["kernels"] |= {"block_sparse"}
-    owned["ops"] |= {"block_sparse_attention"}
+    owned["ops"] |= {"block_sparse_attention", "cache"}
     for folder, allowed in owned.items():
         for path in sorted((PACKAGE / folder).glob("*.py")):
             # an engine may be cut into files: decay.py, decay_launch.py

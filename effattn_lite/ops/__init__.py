@@ -4,8 +4,10 @@ from effattn_lite.ops.abc import abc
 from effattn_lite.ops.aft import aft
 from effattn_lite.ops.block_sparse_attention import block_sparse_attention
 from effattn_lite.ops.block_streaming import block_streaming
+from effattn_lite.ops.cache import KVCache
 from effattn_lite.ops.cosformer import cosformer
 from effattn_lite.ops.deltanet import deltanet
+from effattn_lite.ops.double_sparsity import double_sparsity
 from effattn_lite.ops.flexprefill import flexprefill
 from effattn_lite.ops.fwp import fwp
 from effattn_lite.ops.gated_deltanet import gated_deltanet
@@ -28,7 +30,10 @@ from effattn_lite.ops.mamba import mamba
 from effattn_lite.ops.mamba2 import mamba2
 from effattn_lite.ops.minference import minference
 from effattn_lite.ops.mlstm import mlstm
+from effattn_lite.ops.moba import moba
 from effattn_lite.ops.performer import performer
+from effattn_lite.ops.quest import quest
+from effattn_lite.ops.resa import resa
 from effattn_lite.ops.retnet import retnet
 from effattn_lite.ops.rfa import rfa
 from effattn_lite.ops.rfa_gate import rfa_gate

@@ -1,7 +1,7 @@
 r"""Softmax attention over chosen blocks of keys, where every token brings its own set of them.
 
-One operator and its gradient in eager torch, some queries at a time, so that memory grows with the text and
-not with its square. There are no Triton kernels for such sets.
+One operator and its gradient, each computed in eager torch, some queries at a time, or by the Triton kernels
+of kernels/token_sparse.py.
 
 A set is a row of block numbers, in any order, -1 for none, or a row of a mask. It belongs to all query heads
 of a key head, or to one query head. The queries are the last T of Tk tokens, as decoding needs it; with
@@ -15,9 +15,7 @@ import torch
 from effattn_lite.ops import common
 from effattn_lite.ops.engines.block_sparse import chosen
 
-REFUSAL = "sets that at least 16 queries share"
-"""What kernels for sparse sets need; those of the block_sparse engine do not take a set a token."""
-
+MAX_HEAD = 256
 QUERY_TILE = 128
 """Queries whose scores the torch implementation holds at a time."""
 
@@ -43,7 +41,7 @@ def attend(
     cu_seqlens: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse); the public op checks the arguments.
+    """Choose an implementation and return (o, lse); the public op checks the arguments.
 
     Args:
         q: queries, [B, T, H, K]; the last T of Tk tokens.
@@ -56,9 +54,9 @@ def attend(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if scale < 0:  # a maximum of scores is the scaled maximum of products only if the scale is >= 0
         q, scale = -q, -scale
-    common.choose_impl(impl, q, refusal=REFUSAL)
+    impl = common.choose_impl(impl, q, refusal=refusal(q, v))
     blocks = Blocks(block_size, causal, scale)
-    return torch.ops.effattn_lite.token_sparse(q, k, v, block_indices, block_mask, cu_seqlens, *blocks)
+    return torch.ops.effattn_lite.token_sparse(q, k, v, block_indices, block_mask, cu_seqlens, *blocks, impl)
 
 
 def check_tokens(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
@@ -93,16 +91,39 @@ def packed_blocks(
     return start, (ends - counts)[n], (t - edges[n]) // block_size
 
 
-def _forward(q, k, v, block_indices, block_mask, cu_seqlens, block_size, causal, scale):
+def refusal(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why the kernels cannot take heads of this width or dtype on this GPU; None if they can."""
+    width = max(q.shape[3], v.shape[3])
+    if width > MAX_HEAD:
+        return f"K <= {MAX_HEAD} and V <= {MAX_HEAD}, got {q.shape[3]} and {v.shape[3]}"
+    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] < 8:
+        if q.dtype == torch.bfloat16:
+            return "a GPU of compute capability 8.0 or later for bfloat16"
+        if q.dtype == torch.float32 and width > 128:
+            return "K <= 128 and V <= 128 for float32 on a GPU older than compute capability 8.0"
+    return None
+
+
+def _forward(q, k, v, block_indices, block_mask, cu_seqlens, block_size, causal, scale, impl):
     blocks = Blocks(block_size, causal, scale)
+    if impl == "triton":
+        from effattn_lite.kernels import token_sparse as kernels
+
+        return kernels.forward(q, k, v, block_indices, block_mask, cu_seqlens, blocks)
     o, lse = _empty_outputs(q, v)
     for t, j, sets in _sequences(block_indices, block_mask, cu_seqlens):
         _forward_torch(q[:, t], k[:, j], v[:, j], sets, blocks, o[:, t], lse[:, t])
     return o, lse
 
 
-def _backward(do, dlse, q, k, v, o, lse, block_indices, block_mask, cu_seqlens, block_size, causal, scale):
+def _backward(
+    do, dlse, q, k, v, o, lse, block_indices, block_mask, cu_seqlens, block_size, causal, scale, impl
+):
     blocks = Blocks(block_size, causal, scale)
+    if impl == "triton":
+        from effattn_lite.kernels import token_sparse as kernels
+
+        return kernels.backward(do, dlse, q, k, v, o, lse, block_indices, block_mask, cu_seqlens, blocks)
     wide = lse.dtype
     delta = (do.to(wide) * o.to(wide)).sum(-1)  # [B, T, H]
     delta = delta if dlse is None else delta - dlse
@@ -193,8 +214,8 @@ def _backward_fake(do, dlse, q, k, v, *_):
 
 
 def _save(ctx, inputs, output):
-    *tensors, block_size, causal, scale = inputs
-    ctx.options = block_size, causal, scale
+    *tensors, block_size, causal, scale, impl = inputs
+    ctx.options = block_size, causal, scale, impl
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -207,7 +228,7 @@ def _gradient(ctx, do, dlse):
 
 
 _SETS = "Tensor? block_indices, Tensor? block_mask, Tensor? cu_seqlens"
-_OPTIONS = "int block_size, bool causal, float scale"
+_OPTIONS = "int block_size, bool causal, float scale, str impl"
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_SETS}, {_OPTIONS}) -> (Tensor, Tensor)"
 _BACKWARD = (
     f"(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_SETS}, {_OPTIONS}) "
