@@ -2,9 +2,11 @@
 
 from effattn_lite.ops.abc import abc
 from effattn_lite.ops.aft import aft
+from effattn_lite.ops.bigbird import bigbird
 from effattn_lite.ops.block_sparse_attention import block_sparse_attention
 from effattn_lite.ops.block_streaming import block_streaming
 from effattn_lite.ops.cache import KVCache
+from effattn_lite.ops.clusterformer import clusterformer
 from effattn_lite.ops.cosformer import cosformer
 from effattn_lite.ops.deltanet import deltanet
 from effattn_lite.ops.double_sparsity import double_sparsity
@@ -23,6 +25,7 @@ from effattn_lite.ops.lightning_attention import lightning_attention
 from effattn_lite.ops.linear_transformer import linear_transformer
 from effattn_lite.ops.linformer import linformer
 from effattn_lite.ops.logsparse import logsparse
+from effattn_lite.ops.longformer import longformer
 from effattn_lite.ops.longhorn import longhorn
 from effattn_lite.ops.longnet import longnet
 from effattn_lite.ops.luna import luna
@@ -33,10 +36,12 @@ from effattn_lite.ops.mlstm import mlstm
 from effattn_lite.ops.moba import moba
 from effattn_lite.ops.performer import performer
 from effattn_lite.ops.quest import quest
+from effattn_lite.ops.reformer import reformer
 from effattn_lite.ops.resa import resa
 from effattn_lite.ops.retnet import retnet
 from effattn_lite.ops.rfa import rfa
 from effattn_lite.ops.rfa_gate import rfa_gate
+from effattn_lite.ops.routing_transformer import routing_transformer
 from effattn_lite.ops.rwkv4 import rwkv4
 from effattn_lite.ops.rwkv5 import rwkv5
 from effattn_lite.ops.rwkv6 import rwkv6
