@@ -7,6 +7,7 @@ from effattn_lite.ops.block_sparse_attention import block_sparse_attention
 from effattn_lite.ops.block_streaming import block_streaming
 from effattn_lite.ops.cache import KVCache
 from effattn_lite.ops.clusterformer import clusterformer
+from effattn_lite.ops.clusterkv import clusterkv
 from effattn_lite.ops.cosformer import cosformer
 from effattn_lite.ops.deltanet import deltanet
 from effattn_lite.ops.double_sparsity import double_sparsity
@@ -29,6 +30,7 @@ from effattn_lite.ops.longformer import longformer
 from effattn_lite.ops.longhorn import longhorn
 from effattn_lite.ops.longnet import longnet
 from effattn_lite.ops.luna import luna
+from effattn_lite.ops.magicpig import magicpig
 from effattn_lite.ops.mamba import mamba
 from effattn_lite.ops.mamba2 import mamba2
 from effattn_lite.ops.minference import minference
@@ -39,6 +41,7 @@ from effattn_lite.ops.quest import quest
 from effattn_lite.ops.reformer import reformer
 from effattn_lite.ops.resa import resa
 from effattn_lite.ops.retnet import retnet
+from effattn_lite.ops.retrieval_attention import retrieval_attention
 from effattn_lite.ops.rfa import rfa
 from effattn_lite.ops.rfa_gate import rfa_gate
 from effattn_lite.ops.routing_transformer import routing_transformer

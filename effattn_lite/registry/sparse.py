@@ -299,6 +299,18 @@ SPARSE = (
         chapter="sparse/clustering",
         cite=("liu2024clusterkv",),
         rooms=("reference", "op"),
+        inputs={"q": "B T H K", "k": "B T HKV K", "v": "B T HKV V"},
+        forms=("quadratic", "decoded"),
+        options=(
+            {"budget": 12, "prompt": 24, "every": 10, "sinks": 2, "cluster_size": 4, "iterations": 3},
+            {"budget": 17, "prompt": 0, "every": 16, "sinks": 4, "cluster_size": 5, "iterations": 2},
+        ),
+        engine="decode",
+        reduces_to={
+            "softmax_attention": "budget >= T",
+            "streaming_llm": "budget = 0, prompt = 0, every = 1; window = 1",
+        },
+        aliases=("cluster_kv",),
         differentiable=False,
     ),
     Method(
@@ -309,6 +321,12 @@ SPARSE = (
         chapter="sparse/clustering",
         cite=("liu2024retrievalattention",),
         rooms=("reference", "op"),
+        inputs={"q": "B T H K", "k": "B T HKV K", "v": "B T HKV V"},
+        forms=("quadratic", "decoded"),
+        options=({"budget": 5, "sinks": 2, "window": 6}, {"budget": 12, "sinks": 0, "window": 1}),
+        engine="decode",
+        reduces_to={"softmax_attention": "budget >= T", "streaming_llm": "budget = 0"},
+        aliases=("vector_retrieval",),
         differentiable=False,
     ),
     Method(
@@ -319,6 +337,15 @@ SPARSE = (
         chapter="sparse/clustering",
         cite=("chen2024magicpig",),
         rooms=("reference", "op"),
+        inputs={"q": "B T H K", "k": "B T HKV K", "v": "B T HKV V", "planes": "M K"},
+        forms=("quadratic", "decoded"),
+        options=(
+            {"bits": 2, "prompt": 20, "sinks": 2, "window": 6},
+            {"bits": 3, "prompt": 0, "sinks": 0, "window": 1},
+        ),
+        engine="decode",
+        reduces_to={"softmax_attention": "window >= T"},
+        aliases=("magic_pig", "lsh_sampling"),
         differentiable=False,
     ),
     Method(

@@ -101,6 +101,33 @@ def test_what_changes_is_summed_up_anew(n):
     assert torch.equal(cache.summary("bounds", 4, decode.bounds), decode.bounds(cache.pages(4)[0]))
 
 
+def test_spans_are_made_once():
+    """Each span is made of its own keys, once; what a change reaches, or another source, is made anew."""
+    cache, seen, source = KVCache(*draw(13)), [], object()
+
+    def ends(keys):
+        seen.append(keys.shape[1])
+        return keys[:, 0], keys[:, -1]
+
+    def made(*edges, source=source):
+        spans = cache.spans("ends", edges, ends, source)
+        for a, b, span in zip(edges, edges[1:], spans, strict=False):
+            assert torch.equal(span[0], cache.k[:, a]) and torch.equal(span[1], cache.k[:, b - 1])
+        new = seen.copy()
+        seen.clear()
+        return new
+
+    assert made() == made(3) == []
+    assert made(1, 4) == [3] and made(1, 4, 9) == [5] and made(1, 4, 9) == []
+    cache.append(*draw(40))
+    assert made(1, 4, 9, 50) == [41]
+    cache.rewrite(*draw(47))  # tokens 6 on
+    assert made(1, 4, 9, 50) == [5, 41]
+    cache.truncate(9)
+    assert made(1, 4, 9) == [] and made(1, 4, 8) == [4]
+    assert made(1, 4, 8, source=None) == [3, 4]
+
+
 def test_no_graph_is_kept():
     k, v = (x.requires_grad_() for x in draw(5))
     cache = KVCache(k, v)

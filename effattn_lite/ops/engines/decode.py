@@ -156,6 +156,31 @@ def attend(
     return torch.ops.effattn_lite.decode(q, k, v, pages, page_size, scale, impl, bias)
 
 
+def after_prompt(
+    rest: Callable,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt: int,
+    *,
+    scale: float | None,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Full attention for queries of the prompt, a method's own for those after it; returns (o, lse).
+
+    Args:
+        rest: the queries after the prompt, the last of Tk tokens, [B, n, H, K] -> (o, lse).
+        q, k, v, scale, impl: as in `attend`.
+        prompt: tokens that are read before the first is written.
+    """
+    T, Tk = q.shape[1], k.shape[1]
+    n = min(max(prompt - (Tk - T), 0), T)
+    end = Tk - T + n
+    parts = [attend(q[:, :n], k[:, :end], v[:, :end], None, scale=scale, impl=impl)] if n or not T else []
+    parts += [rest(q[:, n:])] if n < T else []
+    return tuple(torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+
+
 def _decode(q, k, v, pages, page_size, scale, impl, bias=None):
     if impl == "triton" and bias is not None:
         raise NotImplementedError("the kernels of decoding add no bias; use impl='torch'")
