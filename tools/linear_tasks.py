@@ -4,8 +4,8 @@
     python tools/linear_tasks.py --mixers softmax_attention deltanet --tasks mqar --rates 1e-2 --seeds 1
 
 Every mixer is its package layer with its own defaults, in the same reader (`effattn_lite.train.Reader`): two
-layers, a short convolution before each mixer for recall, an MLP behind it for parity. The learning rate is
-swept, since the order of the mixers depends on it.
+layers, for recall a short convolution before each mixer that has none of its own, for parity an MLP behind
+it. The learning rate is swept, since the order of the mixers depends on it.
 """
 
 import argparse
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from effattn_lite import __version__, registry  # noqa: E402
+from effattn_lite.layers.common import ShortConvolution  # noqa: E402
 from effattn_lite.tasks import mqar, state_tracking  # noqa: E402
 from effattn_lite.train import Reader, evaluate, train  # noqa: E402
 
@@ -52,8 +53,11 @@ def run(job):
     steps, batch, heads = how.pop("steps"), how.pop("batch"), how.pop("heads")
     row = registry.find(name)
     layer = getattr(importlib.import_module(f"effattn_lite.layers.{name}"), row.layer)
+    mixer = functools.partial(layer, how["width"], heads, **ARGUMENTS.get(name, {}))
+    if any(isinstance(part, ShortConvolution) for part in mixer().modules()):
+        how["convolution"] = 0  # it brings its own: two in a row are no fair start
     torch.manual_seed(seed)
-    model = Reader(lambda: layer(how["width"], heads, **ARGUMENTS.get(name, {})), **how).to(device)
+    model = Reader(mixer, **how).to(device)
     if task == "mqar":
         draw = functools.partial(mqar.draw, batch=batch, **PAIRS)
         tests = {"accuracy": draw}

@@ -21,7 +21,9 @@ from effattn_lite.ops.h3 import h3
 from effattn_lite.ops.hedgehog import hedgehog
 from effattn_lite.ops.hgrn import hgrn
 from effattn_lite.ops.hgrn2 import hgrn2
+from effattn_lite.ops.infllm_v2 import infllm_v2
 from effattn_lite.ops.kda import kda
+from effattn_lite.ops.landmark import landmark
 from effattn_lite.ops.lightning_attention import lightning_attention
 from effattn_lite.ops.linear_transformer import linear_transformer
 from effattn_lite.ops.linformer import linformer
@@ -50,6 +52,8 @@ from effattn_lite.ops.rwkv5 import rwkv5
 from effattn_lite.ops.rwkv6 import rwkv6
 from effattn_lite.ops.rwkv7 import rwkv7
 from effattn_lite.ops.s4 import s4
+from effattn_lite.ops.seer_attention import seer_attention
+from effattn_lite.ops.seer_attention_r import seer_attention_r
 from effattn_lite.ops.sliding_window import sliding_window
 from effattn_lite.ops.slstm import slstm
 from effattn_lite.ops.softmax_attention import softmax_attention

@@ -68,8 +68,8 @@ def clusterkv(
     Cost: a span of n keys, 4 HKV n C K FLOPs a round for its C = n / cluster_size clusters; a token reads
         HKV K numbers a cluster, and H (K + V) a token of S.
     Source: Liu et al. 2024, arXiv:2412.03213, and the released code, whose budget counts the sinks. Differs:
-        the first centres are keys at even distances. The first two layers stay dense: that is the caller's. The
-        defaults of every and sinks are unverified.
+        the first centres are keys at even distances. The first two layers stay dense: that is the caller's.
+        The defaults of every and sinks are unverified.
     """
     options = _check(budget, prompt, every, sinks, cluster_size, iterations)
     if impl == "triton":
