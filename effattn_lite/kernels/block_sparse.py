@@ -23,8 +23,8 @@ from effattn_lite.kernels.block_sparse_lists import (
 )
 from effattn_lite.kernels.common import launch
 from effattn_lite.kernels.common.softmax import online_step
+from effattn_lite.kernels.common.softmax_tuning import candidates
 from effattn_lite.kernels.common.tile import load_tile, store_tile
-from effattn_lite.kernels.softmax_attention import candidates
 
 
 @triton.jit(do_not_specialize=["T", "NQ", "CAP"])

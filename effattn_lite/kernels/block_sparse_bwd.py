@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from effattn_lite.kernels.block_sparse_lists import locate_block, query_tile
+from effattn_lite.kernels.common.softmax import load_lse
 from effattn_lite.kernels.common.tile import load_tile, store_tile
-from effattn_lite.kernels.softmax_attention_bwd import load_lse
 
 
 @triton.jit

@@ -8,16 +8,8 @@ result has to be turned before it enters the next product.
 import triton
 import triton.language as tl
 
-from effattn_lite.kernels.common.softmax import capped, key_blocks, query_blocks, visible
+from effattn_lite.kernels.common.softmax import capped, key_blocks, load_lse, query_blocks, visible
 from effattn_lite.kernels.common.tile import edge_block, load_tile, locate, store_tile
-
-
-@triton.jit
-def load_lse(lse, rows, BM: tl.constexpr):
-    """lse of BM rows in exponents of 2; +inf, which makes each weight 0, where a row is empty or missing."""
-    o_r = tl.arange(0, BM)
-    b_lse = tl.load(lse + o_r, mask=o_r < rows, other=float("-inf"))
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * 1.4426950408889634)
 
 
 @triton.jit

@@ -13,13 +13,11 @@ import triton.language as tl
 from effattn_lite.kernels.block_sparse_bwd import block_sparse_bwd_sum_kernel
 from effattn_lite.kernels.common import launch
 from effattn_lite.kernels.common.softmax import online_step
-from effattn_lite.kernels.common.tile import load_tile
-from effattn_lite.kernels.softmax_attention import candidates
+from effattn_lite.kernels.common.softmax_tuning import candidates
+from effattn_lite.kernels.common.tile import load_rows, load_tile, store_rows
 from effattn_lite.kernels.token_sparse_bwd import token_sparse_bwd_dkdv_kernel, token_sparse_bwd_dq_kernel
 from effattn_lite.kernels.token_sparse_launch import TokenLists, tile_of, tuning_of
 from effattn_lite.kernels.token_sparse_lists import (
-    load_rows,
-    store_rows,
     token_sparse_columns_kernel,
     token_sparse_rows_kernel,
     token_tile,

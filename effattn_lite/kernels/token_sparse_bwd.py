@@ -9,15 +9,9 @@ import triton
 import triton.language as tl
 
 from effattn_lite.kernels.block_sparse_lists import locate_block
-from effattn_lite.kernels.common.tile import load_tile, store_tile
-from effattn_lite.kernels.token_sparse_lists import load_rows, store_rows, token_tile
-
-
-@triton.jit
-def load_exponent(p_lse, live):
-    """lse at the pointers, in exponents of 2; +inf, which makes each weight 0, where a row sees nothing."""
-    b_lse = tl.load(p_lse, mask=live, other=float("-inf"))
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * 1.4426950408889634)
+from effattn_lite.kernels.common.softmax import load_exponent
+from effattn_lite.kernels.common.tile import load_rows, load_tile, store_rows, store_tile
+from effattn_lite.kernels.token_sparse_lists import token_tile
 
 
 @triton.jit(do_not_specialize=["T", "Tk", "NQ", "NK", "CAP"])

@@ -4,7 +4,7 @@ import torch
 
 from effattn_lite.kernels.block_sparse_launch import COLUMNS, Lists, fit
 from effattn_lite.kernels.common import launch
-from effattn_lite.kernels.softmax_attention import candidates
+from effattn_lite.kernels.common.softmax_tuning import candidates
 from effattn_lite.kernels.token_sparse_lists import token_sparse_columns_kernel, token_sparse_rows_kernel
 
 ENTRIES = 2048

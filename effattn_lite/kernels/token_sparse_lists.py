@@ -22,7 +22,7 @@ def token_tile(
         bos: its sequence's first token (int64); off, Tk: place of its first query among its Tk keys.
         b_t: token of each row, counted in its sequence; b_h: its query head; live: whether there is one.
     """
-    GT: tl.constexpr = min(GS, BM)  # heads of a token in a tile
+    GT: tl.constexpr = GS if GS < BM else BM  # heads of a token in a tile
     PER: tl.constexpr = (GS + GT - 1) // GT
     i_g, i_p = tl.program_id(0) % PER, tl.program_id(0) // PER
     i_t, i_bs = i_p % NQ, (i_p // NQ).to(tl.int64)
@@ -41,20 +41,6 @@ def token_tile(
     live = (o_r // GT < BT) & (b_g < GS) & (b_t < T_n)
     b_h = i_bs % HS * GS + b_g
     return i_bs // HS, i_bs % HS, line, whole, every, bos, off, Tk, b_t, b_h, live
-
-
-@triton.jit
-def load_rows(p_x, live, COLS: tl.constexpr, C: tl.constexpr):
-    """Rows at the pointers p_x [R], wherever they lie, as a tile [R, C]; 0 where a row is not live."""
-    o_c = tl.arange(0, C)[None, :]
-    return tl.load(p_x[:, None] + o_c, mask=live[:, None] & (o_c < COLS), other=0.0)
-
-
-@triton.jit
-def store_rows(p_x, b_x, live, COLS: tl.constexpr, C: tl.constexpr):
-    """Store a tile [R, C] row by row at the pointers p_x [R], in the dtype of the memory."""
-    o_c = tl.arange(0, C)[None, :]
-    tl.store(p_x[:, None] + o_c, b_x.to(p_x.dtype.element_ty), mask=live[:, None] & (o_c < COLS))
 
 
 @triton.jit(do_not_specialize=["T", "Tk", "NQ", "n", "NK", "CAP"])

@@ -38,6 +38,7 @@ from effattn_lite.ops.mamba2 import mamba2
 from effattn_lite.ops.minference import minference
 from effattn_lite.ops.mlstm import mlstm
 from effattn_lite.ops.moba import moba
+from effattn_lite.ops.nsa import nsa
 from effattn_lite.ops.performer import performer
 from effattn_lite.ops.quest import quest
 from effattn_lite.ops.reformer import reformer

@@ -324,6 +324,23 @@ SPARSE = (
         survey="3.2.3",
         chapter="sparse/trained_sparsity",
         cite=("yuan2025native",),
+        inputs={
+            "q": "B T H K",
+            "k": "B T HKV K",
+            "v": "B T HKV V",
+            "g_cmp": "B T H",
+            "g_slc": "B T H",
+            "g_win": "B T H",
+        },
+        forms=("quadratic", "gathered"),
+        options=(
+            {"block_size": 8, "top_n": 4, "window": 5, "cmp_size": 8, "cmp_stride": 4},
+            {"block_size": 4, "top_n": 8, "window": 20, "cmp_size": 4, "cmp_stride": 4},
+        ),
+        engine="nsa",
+        layer="NSA",
+        reduces_to={"sliding_window": "g_cmp = g_slc = 0, g_win = 1"},
+        aliases=("native_sparse_attention",),
     ),
     Method(
         name="infllm_v2",

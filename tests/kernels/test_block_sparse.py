@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed (it needs
 
 from effattn_lite.kernels import block_sparse as kernels  # noqa: E402
 from effattn_lite.kernels.common import launch  # noqa: E402
-from effattn_lite.kernels.softmax_attention import candidates  # noqa: E402
+from effattn_lite.kernels.common.softmax_tuning import candidates  # noqa: E402
 from effattn_lite.ops import block_sparse_attention  # noqa: E402
 from effattn_lite.ops.engines.block_sparse import Blocks  # noqa: E402
 from effattn_lite.testing import budget, max_error  # noqa: E402

@@ -8,7 +8,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed (it needs
 from effattn_lite.kernels import block_sparse_launch  # noqa: E402
 from effattn_lite.kernels import token_sparse as kernels  # noqa: E402
 from effattn_lite.kernels.common import launch  # noqa: E402
-from effattn_lite.kernels.softmax_attention import candidates  # noqa: E402
+from effattn_lite.kernels.common.softmax_tuning import candidates  # noqa: E402
 from effattn_lite.ops import block_sparse_attention  # noqa: E402
 from effattn_lite.ops.engines import token_sparse  # noqa: E402
 from effattn_lite.testing import budget, max_error  # noqa: E402
@@ -115,6 +115,17 @@ def test_mask_and_numbers_give_the_same_bits(device):
     again = both(x, dict(block_mask=mask), "triton", block_size=shape[7])
     for a, b, c in zip(by_mask, by_numbers, again, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("H", (2, 16))
+def test_numbers_of_no_block(H, device, launches):
+    """Numbers behind the last block, where another token's row of the mask begins, add nothing."""
+    x, mask = draw((2, 21, 21, H, 1, 16, 16, 8, True), torch.float32, device, share=0.3)
+    index = numbers(mask)
+    more = torch.tensor([3, -7, 4, 999], device=device).expand(*index.shape[:3], 4)
+    got = hold(x, dict(block_indices=torch.cat((index, more), -1)), launches, block_size=8)
+    for a, b in zip(got, both(x, dict(block_mask=mask), "triton", block_size=8), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("H, heads", ((2, 1), (2, 2), (16, 1)))

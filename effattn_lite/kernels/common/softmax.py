@@ -109,3 +109,17 @@ def online_step(b_o, b_m, b_l, b_s, b_v, scale, GUARD: tl.constexpr):
     # [BM, BN] @ [BN, BV] -> [BM, BV]; float32 inputs: float32 products, not TF32
     b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_shrink[:, None], input_precision="ieee")
     return b_o, b_m_new, b_l
+
+
+@triton.jit
+def load_exponent(p_lse, live):
+    """lse at the pointers, in exponents of 2; +inf, which makes each weight 0, where a row sees nothing."""
+    b_lse = tl.load(p_lse, mask=live, other=float("-inf"))
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * 1.4426950408889634)
+
+
+@triton.jit
+def load_lse(lse, rows, BM: tl.constexpr):
+    """`load_exponent` of BM rows side by side, of which `rows` are there."""
+    o_r = tl.arange(0, BM)
+    return load_exponent(lse + o_r, o_r < rows)

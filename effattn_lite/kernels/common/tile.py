@@ -26,6 +26,20 @@ def store_tile(p, b_x, stride, rows, COLS: tl.constexpr, R: tl.constexpr, C: tl.
 
 
 @triton.jit
+def load_rows(p_x, live, COLS: tl.constexpr, C: tl.constexpr):
+    """Rows at the pointers p_x [R], wherever they lie, as a tile [R, C]; 0 where a row is not live."""
+    o_c = tl.arange(0, C)[None, :]
+    return tl.load(p_x[:, None] + o_c, mask=live[:, None] & (o_c < COLS), other=0.0)
+
+
+@triton.jit
+def store_rows(p_x, b_x, live, COLS: tl.constexpr, C: tl.constexpr):
+    """Store a tile [R, C] row by row at the pointers p_x [R], in the dtype of the memory."""
+    o_c = tl.arange(0, C)[None, :]
+    tl.store(p_x[:, None] + o_c, b_x.to(p_x.dtype.element_ty), mask=live[:, None] & (o_c < COLS))
+
+
+@triton.jit
 def locate(cu_seqlens, tiles, Tq, Tk, NT, VARLEN: tl.constexpr, REVERSE: tl.constexpr):
     """This program's tile and sequence: (row of batch and head, tile, first token, Tq, Tk).
 
