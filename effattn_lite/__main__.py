@@ -1,6 +1,8 @@
-"""The command line: `python -m effattn_lite where|list|check|bench NAME`."""
+"""The command line: `python -m effattn_lite where|list|check|bench NAME`, and `train --model NAME ...`."""
 
 import argparse
+import math
+import os
 import sys
 
 from effattn_lite.registry import METHODS, PACKAGE, find, names, room_file
@@ -11,6 +13,10 @@ ROOT = PACKAGE.parent
 def main(arguments=None):
     """Run one command; returns its exit code: 0, 1 for a law or run that failed, 2 for a wrong argument."""
     parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # its options are the fields of a class whose module loads torch, which the other commands do without
+    if arguments[:1] == ["train"]:
+        _train_options(parser.commands.choices["train"])
     known = parser.parse_args(arguments)
     try:
         return known.run(known) or 0
@@ -21,9 +27,11 @@ def main(arguments=None):
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="python -m effattn_lite", description="Find, check and measure a method."
+        prog="python -m effattn_lite", description="Find, check and measure a method; train a model."
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.commands = commands = parser.add_subparsers(dest="command", required=True)
+    text = "train a model, or a small reader around a method's layer"
+    commands.add_parser("train", help=text, description=text).set_defaults(run=train)
     for name, run, text in (
         ("where", where, "print a method's row and its files"),
         ("list", list_methods, "print all methods and the rooms that stand"),
@@ -81,15 +89,16 @@ def list_methods(known):
 def check(known):
     """Run the method's laws with pytest; without the tests, compare its forms and its op."""
     name = find(known.name).name
-    if not any(name in names(room) for room in ("reference", "op", "kernel", "layer")):
+    if not any(name in names(room) for room in ("reference", "op", "kernel", "layer", "model")):
         raise ValueError(f"{name} has no room that stands yet")
     if (ROOT / "tests" / "laws").is_dir():
         import pytest
 
         own = ROOT / "tests" / "methods" / f"test_{name}.py"
-        paths = [str(ROOT / "tests" / "laws"), *([str(own)] if own.exists() else [])]
+        room = ROOT / "tests" / ("models" if name in names("model") else "laws")
+        paths = [str(room), *([str(own)] if own.exists() else [])]
         return int(pytest.main([*paths, "-q", "-m", "not slow"], plugins=[_Only(name)]) != 0)
-    return _check_installed(name)
+    return _check_model(name) if name in names("model") else _check_installed(name)
 
 
 class _Only:
@@ -123,6 +132,22 @@ def _check_installed(name):
             failed += not error < 1e-10
             print(f"{name} {dict(options)}: {what} = {row.forms[0]}, relative error {error:.1e}")
     return int(failed > 0)
+
+
+def _check_model(name):
+    import torch
+
+    from effattn_lite import models
+    from effattn_lite.testing import relative_error
+
+    model, cache, logits = models.build(name, dtype=torch.float64), None, []
+    tokens = torch.arange(37)[None] % model.config.vocab
+    for token in tokens.unbind(1):
+        last, cache = model.step(token, cache)
+        logits.append(last)
+    error = relative_error(torch.stack(logits, dim=1), model(tokens))
+    print(f"{name}, tiny: a step a token = all at once, relative error {error:.1e}")
+    return int(not error < 1e-10)
 
 
 def bench(known):
@@ -169,6 +194,41 @@ def _print_row(row):
         f"{row['ms']:9.3f} ms {floor} {peak}",
         flush=True,
     )
+
+
+def _train_options(command):
+    import dataclasses
+
+    from effattn_lite.run import Settings
+
+    for field in dataclasses.fields(Settings):
+        default, text = field.default, field.metadata["help"]
+        kind = {"action": "store_true"} if default is False else {"type": type(default)}
+        shown = "" if default in ("", False) else f" (default {default})"
+        # only what is given is set, so that a resumed run keeps the rest
+        command.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text + shown, **kind)
+
+
+def train(known):
+    """Train as the options say; what a run leaves in its folder `effattn_lite.keeper` says."""
+    import torch.distributed as dist
+
+    from effattn_lite.keeper import plot
+    from effattn_lite.run import run, settings_of
+
+    given = {name: value for name, value in vars(known).items() if name not in ("command", "run")}
+    settings = settings_of(given)
+    found = run(settings)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if int(os.environ.get("RANK", 0)):
+        return
+    nats, right = found["held_out"], found["accuracy"]
+    print(f"held out: loss {nats:.4f} nats = {nats / math.log(2):.4f} bits a token, {right:.3f} right")
+    try:
+        print(f"{plot(settings.out)} shows the losses")
+    except ModuleNotFoundError:
+        print("no loss.svg: matplotlib is missing")
 
 
 if __name__ == "__main__":

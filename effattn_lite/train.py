@@ -81,7 +81,7 @@ def _mlp(width):
 
 
 def train(
-    model: Reader,
+    model: nn.Module,
     draw: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]],
     *,
     steps: int,
@@ -89,40 +89,53 @@ def train(
     seed: int = 0,
     weight_decay: float = 0.1,
     clip: float = 1.0,
+    accumulate: int = 1,
+    keep=None,
 ) -> dict[str, float]:
     """Train on fresh samples by AdamW; the rate rises for a tenth of the steps, then falls as a cosine.
 
     Args:
-        model: on the device where it is to be trained.
+        model: a `Reader` or a `LanguageModel`, on the device where it is to be trained: `read` makes vectors
+            of tokens, `scores` makes scores of vectors.
         draw: one batch of tokens and targets, [B, T].
-        steps: batches.
+        steps: changes of the weights.
         lr: largest learning rate.
         seed: of the samples; the weights are the caller's.
         weight_decay: of matrices; vectors have none.
         clip: largest norm of the gradient.
+        accumulate: batches a step; its gradient is their mean.
+        keep: what writes the run down, as `keeper.Keeper`: its `load` puts an earlier state into a dict of
+            model, optimizer, rng and losses, its `save` sees that dict after every step.
 
     Returns:
         loss: mean of the last tenth of the steps, nats; seconds.
     """
     rng, device = np.random.default_rng(seed), next(model.parameters()).device
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cycle(step, steps))
     start, losses = time.perf_counter(), []
+    state = {"model": model, "optimizer": optimizer, "rng": rng, "losses": losses}
+    if keep:
+        keep.load(state)
     model.train()
-    for _ in range(steps):
-        tokens, targets = (torch.as_tensor(x, device=device) for x in draw(rng))
-        asked = targets != NOTHING
-        # the head is the dearest part where the vocabulary is large: only what is asked is scored
-        loss = F.cross_entropy(model.scores(model.read(tokens)[asked]).float(), targets[asked])
+    for step in range(len(losses), steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * _cycle(step, steps)
         optimizer.zero_grad()
-        loss.backward()
+        parts = []
+        for _ in range(accumulate):
+            tokens, targets = (torch.as_tensor(x, device=device) for x in draw(rng))
+            asked = targets != NOTHING
+            # the head is the dearest part where the vocabulary is large: only what is asked is scored
+            loss = F.cross_entropy(model.scores(model.read(tokens)[asked]).float(), targets[asked])
+            (loss / accumulate).backward()
+            parts.append(loss.detach())
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
+        losses.append(torch.stack(parts).mean())
+        if keep:
+            keep.save(state)
     tail = torch.stack(losses[-max(1, steps // 10) :]).mean()
     return {"loss": float(tail), "seconds": time.perf_counter() - start}
 

@@ -33,6 +33,19 @@ def test_same_seed_same_weights():
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
 
 
+def test_accumulated_batches_are_one_large_batch():
+    halves = functools.partial(mqar.draw, batch=16, length=16, pairs=2, vocab=16)
+
+    def both(rng):
+        return tuple(np.concatenate(x) for x in zip(halves(rng), halves(rng), strict=True))
+
+    models = [reader(RetNet) for _ in range(2)]
+    whole = train(models[0], both, steps=3, lr=1e-3)["loss"]
+    assert train(models[1], halves, steps=3, lr=1e-3, accumulate=2)["loss"] == pytest.approx(whole, rel=1e-6)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # a tenth of a step of 1e-4 and more
+
+
 @pytest.mark.parametrize("convolution", (0, 4))
 def test_shapes(convolution):
     model = reader(SoftmaxAttention, convolution=convolution, depth=1)

@@ -10,10 +10,11 @@ PACKAGE = ROOT / "effattn_lite"
 sys.path.insert(0, str(ROOT))
 
 from effattn_lite import METHODS  # noqa: E402
+from effattn_lite.models.kinds import KINDS  # noqa: E402
 
 # no room imports one that stands after a later "<"
 RANKS = """__init__ registry notation < data < reference < testing counting plotting < explore exercises
-< kernels < ops < layers < models < tasks < train < bench < __main__"""
+< kernels < ops < layers < models < tasks < train < keeper < run < bench < __main__"""
 RANK = {room: i for i, rooms in enumerate(RANKS.split("<")) for room in rooms.split()}
 ROOMS = {"reference": "reference", "ops": "op", "layers": "layer", "models": "model"}
 SHARED = {"__init__", "common", "block", "lm", "hybrid"}
@@ -99,6 +100,12 @@ def check_names():
     owned["ops/engines"] |= {"feature_map", "block_sparse", "token_sparse", "attention_gate"}
     owned["kernels"] |= {"block_sparse"}
     owned["ops"] |= {"block_sparse_attention", "cache"}
+    # what the recipes share: the model, how the weights of others are read, and every kind of part
+    owned["models"] |= {"config", "convert", "gguf", "kinds", "llama", "meta", "norm", "pages", "rotary"}
+    owned["models"] |= {"rows", "sampling", "sparse", "theirs", "tokenizer"}
+    owned["models"] |= {
+        file.rsplit(".", 1)[1] for file, _ in (kind.path.split(":") for kind in KINDS.values())
+    }
     for folder, allowed in owned.items():
         for path in sorted((PACKAGE / folder).glob("*.py")):
             # an engine may be cut into files: decay.py, decay_launch.py

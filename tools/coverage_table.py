@@ -104,15 +104,17 @@ def _record(name):
 @cache
 def laws() -> frozenset[tuple[str, str]]:
     """(method, column) of every law test that pytest collects, on whatever device."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/laws"]
+    paths = ("tests/laws", "tests/models/test_laws.py")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *paths]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"the laws cannot be collected:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
     found = set()
-    for file, test, case in re.findall(
-        r"^tests/laws/test_(\w+)\.py::(\w+)\[([^\]]+)\]$", run.stdout, re.MULTILINE
+    for folder, file, test, case in re.findall(
+        r"^tests/(laws|models)/test_(\w+)\.py::(\w+)\[([^\]]+)\]$", run.stdout, re.MULTILINE
     ):
         name = max((n for n in METHODS if re.match(rf"{n}(?![a-z0-9_])", case)), key=len, default=None)
         column = {"kernel": "backward" if re.search("grad|backward", test) else "forward"}.get(file, file)
+        column = "model" if folder == "models" else column
         found.add((name, column))
     return frozenset(found)

@@ -8,7 +8,7 @@ from effattn_lite.bench.time_op import time_ms
 from effattn_lite.registry import find
 from effattn_lite.testing import flat, make_inputs, to_torch
 
-__all__ = ["decode_rows"]
+__all__ = ["decode_rows", "replayed_ms"]
 
 
 def decode_rows(name, sizes, options, *, dtype, device, ceiling):
@@ -40,11 +40,17 @@ def decode_rows(name, sizes, options, *, dtype, device, ceiling):
     with torch.no_grad():
         rows = [base | {"impl": impl, "ms": time_ms(call, device=device)}]
         if device != "cpu":
-            rows.append(base | {"impl": f"{impl}, CUDA graph", "ms": _replayed_ms(call, device)})
+            rows.append(base | {"impl": f"{impl}, CUDA graph", "ms": replayed_ms(call, device)})
     return rows
 
 
-def _replayed_ms(call, device):
+def replayed_ms(call, device):
+    """Median time of a call replayed as a CUDA graph, ms.
+
+    Args:
+        call: function of no arguments that never waits for the device.
+        device: "cuda".
+    """
     # capture needs a warm call on a side stream
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -8,19 +8,41 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effattn_lite.bench.fla_peers import FLA
+from effattn_lite.bench.flex import flex_call
+from effattn_lite.bench.rows import row_of
+from effattn_lite.bench.sparse_peers import SPARSE
 
 __all__ = ["forget_tuning", "peers_of"]
 
 
-def peers_of(name, inputs, options):
+def peers_of(name, inputs, options, seen=None, counts=None):
     """Other implementations: label -> a call without arguments that returns o.
 
     Each label says where the peer computes something else than the op does.
+
+    Args:
+        name: a method.
+        inputs: its tensors.
+        options: its static arguments.
+        seen: what the call sees, of a sparse method that `seen.seen_of` knows.
+        counts: its pairs, as `seen.tally` returns them.
     """
     if not next(iter(inputs.values())).is_cuda:
         return {}
     if name in FLA:
         return dict([FLA[name](**inputs)]) if importlib.util.find_spec("fla") else {}
+    q, k, v = (inputs.get(name) for name in "qkv")
+    if seen is not None:
+        peers = _dense_peers(q, k, v, causal=seen.causal, exact=False)
+        if not seen.more:
+            given = ", mask given" if row_of(name).family == "selected blocks" else ""
+            peers[f"FlexAttention{FLEX.get(name, given)}"] = flex_call(q, k, v, seen, counts)
+        if name == "longformer" and options.get("dilation", 1) == 1:
+            half = options["window"] // 2
+            peers["FlashAttention-2 window, without global tokens"] = _window(q, k, v, half, half)
+        if name in SPARSE and importlib.util.find_spec("fla"):
+            peers |= dict([SPARSE[name](options, **inputs)])
+        return peers
     if options.get("sink_logits") is not None or name not in (
         "softmax_attention",
         "sliding_window",
@@ -31,41 +53,54 @@ def peers_of(name, inputs, options):
     return _softmax_peers(name, options, **inputs)
 
 
+FLEX = {
+    "longnet": ", pairs of several patterns once",
+    "longformer": ", global tokens without own projections",
+}
+"""Method -> what FlexAttention with its mask computes otherwise."""
+
+
 def _softmax_peers(name, options, q, k, v):
-    causal = options.get("causal", True)
+    full = name == "softmax_attention" and options.get("window") is None
+    peers = _dense_peers(q, k, v, causal=options.get("causal", True), exact=full)
+    tokens = options.get("window") or options.get("local_blocks", 0) * options.get("block_size", 0)
+    if tokens:
+        sinks = options.get("sinks") or options.get("sink_blocks")
+        label = "FlashAttention-2 window" + (", without sinks" if sinks else "")
+        peers[label] = _window(q, k, v, tokens - 1, 0)
+    return peers
+
+
+def _dense_peers(q, k, v, *, causal, exact):
+    """torch's attention to all tokens; the label says so unless that is what the op computes."""
     heads = [x.transpose(1, 2) for x in (q, k, v)]  # [B, H, T, K], as torch has them
+    grouped = q.shape[2] != k.shape[2]
+    extra = "" if exact else ", all earlier tokens" if causal else ", all tokens"
 
     def sdpa(backend):
         def call():
             with sdpa_kernel(backend):
-                o = F.scaled_dot_product_attention(
-                    *heads, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]
-                )
+                o = F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=grouped)
             return o.transpose(1, 2)
 
         return call
 
-    def window(tokens):
-        def call():
-            # FlashAttention-2 inside torch, [B, T, H, K]; the window counts tokens on the left of the query
-            return torch.ops.aten._flash_attention_forward(
-                q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False,
-                window_size_left=tokens - 1, window_size_right=0,
-            )[0]  # fmt: skip
-
-        return call
-
-    full = name == "softmax_attention" and options.get("window") is None
-    extra = "" if full else ", all earlier tokens"
-    peers = {
+    return {
         f"SDPA FlashAttention-2{extra}": sdpa(SDPBackend.FLASH_ATTENTION),
         f"SDPA cuDNN{extra}": sdpa(SDPBackend.CUDNN_ATTENTION),
     }
-    tokens = options.get("window") or options.get("local_blocks", 0) * options.get("block_size", 0)
-    if tokens:
-        sinks = options.get("sinks") or options.get("sink_blocks")
-        peers["FlashAttention-2 window" + (", without sinks" if sinks else "")] = window(tokens)
-    return peers
+
+
+def _window(q, k, v, left, right):
+    """FlashAttention-2 inside torch, [B, T, H, K]; `left` and `right` tokens beside the query's own."""
+
+    def call():
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, right == 0, False,
+            window_size_left=left, window_size_right=right,
+        )[0]  # fmt: skip
+
+    return call
 
 
 def forget_tuning():

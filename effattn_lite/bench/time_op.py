@@ -51,20 +51,18 @@ def backward_of(call, inputs):
 
 FIRST = """
 import time, torch
-from effattn_lite.bench.suite import forward_of, tensors_of
+from effattn_lite.bench.suite import first_run
 start = time.perf_counter()
-inputs = tensors_of({name!r}, {sizes!r}, dtype={dtype!r}, device="cuda", requires_grad=True)
-o = forward_of({name!r}, inputs, {options!r}, impl="triton")()
-torch.autograd.grad(o, list(inputs.values()), torch.randn_like(o))
+first_run({name!r}, {sizes!r}, {options!r}, {dtype!r})
 torch.cuda.synchronize()
 print(time.perf_counter() - start)
 """
 
 
 def first_call_s(name, sizes, options, dtype):
-    """Seconds of the first forward and backward in a fresh process with an empty kernel cache.
+    """Seconds of the first forward, and backward if there is one, in a fresh process with no kernel cached.
 
-    Imports are left out. The op must be differentiable, and the machine must have a GPU.
+    Imports are left out. The machine must have a GPU.
     """
     code = FIRST.format(name=name, sizes=sizes, options=dict(options), dtype=dtype)
     with tempfile.TemporaryDirectory() as cache:

@@ -23,6 +23,7 @@ MODULES = {
     "OnlineLearner": "online_learner",
     "OnlineSoftmax": "online_softmax",
     "Poles": "poles",
+    "RateDial": "rate_dial",
     "Roofline": "roofline",
     "SegmentPlan": "segment_plan",
     "Semiseparable": "semiseparable",

@@ -176,14 +176,15 @@ class ShortConvolution(nn.Module):
         width: D channels, each convolved by itself.
         size: n taps, the last of which is the token's own.
         bias: learn b as well.
+        activate: apply SiLU.
 
     Cost: 2 B T D n FLOPs.
     Cache: the tail, the last n - 1 inputs, [N, n - 1, D].
     """
 
-    def __init__(self, width: int, size: int = 4, *, bias: bool = False):
+    def __init__(self, width: int, size: int = 4, *, bias: bool = False, activate: bool = True):
         super().__init__()
-        self.size = size
+        self.size, self.activate = size, activate
         # first values as nn.Conv1d draws them
         self.weight = nn.Parameter(torch.empty(width, size).uniform_(-(size**-0.5), size**-0.5))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
@@ -223,7 +224,8 @@ class ShortConvolution(nn.Module):
 
     def _mix(self, taps):
         y = sum(z * w for z, w in zip(taps, self.weight.unbind(1), strict=True))
-        return F.silu(y if self.bias is None else y + self.bias)
+        y = y if self.bias is None else y + self.bias
+        return F.silu(y) if self.activate else y
 
 
 class DeltaMixer(Mixer):

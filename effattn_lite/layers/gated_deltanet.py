@@ -24,6 +24,7 @@ class GatedDeltaNet(DeltaMixer):
         expand_v: V / K.
         beta_max: b, the largest write strength; 2 lets the state reflect.
         conv_size: taps of the convolutions.
+        norm_eps: added to the mean square of a head.
         impl: as in the op.
 
     Cost: 2 B T D (2 H K + 3 HV V) FLOPs of projections, plus the op's.
@@ -43,6 +44,7 @@ class GatedDeltaNet(DeltaMixer):
         expand_v: int = 2,
         beta_max: float = 1.0,
         conv_size: int = 4,
+        norm_eps: float = 1e-5,
         impl: str = "auto",
     ):
         K, HV = head_dim or 3 * width // (4 * heads), value_heads or heads
@@ -59,7 +61,7 @@ class GatedDeltaNet(DeltaMixer):
         step_size = torch.empty(HV).uniform_(-3, -1).mul(torch.log(torch.tensor(10.0))).exp()
         self.step_bias = nn.Parameter(step_size.expm1().log())
         # one weight a channel, shared by the heads
-        self.norm = HeadNorm(1, V)
+        self.norm = HeadNorm(1, V, eps=norm_eps)
 
     def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Log decays and write strengths, [..., HV]."""

@@ -22,6 +22,8 @@ class KDA(DeltaMixer):
         expand_v: V / K.
         beta_max: b, the largest write strength; 2 lets the state reflect.
         conv_size: taps of the convolutions.
+        gate_bias: c is learned; else it is 0.
+        norm_eps: added to the mean square of a head.
         impl: as in the op.
 
     Cost: 4 B T D H (K + V) + 4 B T D V + 2 B T V H (K + V) FLOPs of projections, plus the op's.
@@ -40,6 +42,8 @@ class KDA(DeltaMixer):
         expand_v: int = 1,
         beta_max: float = 1.0,
         conv_size: int = 4,
+        gate_bias: bool = True,
+        norm_eps: float = 1e-5,
         impl: str = "auto",
     ):
         K = head_dim or width // heads
@@ -50,11 +54,11 @@ class KDA(DeltaMixer):
         self.value_heads, self.beta_max = heads, beta_max
         self.beta_proj = nn.Linear(width, heads, bias=False)
         self.decay_proj = _low_rank(width, V, heads * K, bias=False)
-        self.gate_proj = _low_rank(width, V, heads * V, bias=True)
+        self.gate_proj = _low_rank(width, V, heads * V, bias=gate_bias)
         self.A_log = nn.Parameter(torch.empty(heads, 1).uniform_(1, 16).log())
         self.step_bias = nn.Parameter(torch.zeros(heads, K))
         # one weight a channel, shared by the heads
-        self.norm = HeadNorm(1, V)
+        self.norm = HeadNorm(1, V, eps=norm_eps)
 
     def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Log decays, [..., H, K], and write strengths, [..., H]."""

@@ -25,12 +25,15 @@ class Mamba(Mixer):
         states: M, numbers that a channel keeps.
         conv_size: taps of the convolution.
         rank: entries of r; default D / 16, rounded up.
+        norm_eps: RMS-normalise r, B and C, with this added to the mean square; None does not.
+        norm_weight: these norms have learned weights.
         impl: as in the op.
 
     Cost: 6 B T D^2 expand FLOPs of the outer projections, 2 B T D expand (2 rank + 2 M) of the inner ones,
     plus the op's.
     Cache: the state [N, expand D, M], float32, and the convolution's tail; its size does not grow.
-    Source: Gu and Dao 2023, arXiv:2312.00752, with first values and biases of the released code.
+    Source: Gu and Dao 2023, arXiv:2312.00752, with first values and biases of the released code; the norms by
+    Lieber et al. 2024, arXiv:2403.19887.
     """
 
     def __init__(
@@ -42,6 +45,8 @@ class Mamba(Mixer):
         states: int = 16,
         conv_size: int = 4,
         rank: int | None = None,
+        norm_eps: float | None = None,
+        norm_weight: bool = True,
         impl: str = "auto",
     ):
         super().__init__()
@@ -52,6 +57,8 @@ class Mamba(Mixer):
         self.x_proj = nn.Linear(inner, self.rank + 2 * states, bias=False)
         self.dt_proj = nn.Linear(self.rank, inner)
         self.out_proj = nn.Linear(inner, width, bias=False)
+        sizes = (self.rank, states, states) if norm_eps is not None else ()
+        self.norms = nn.ModuleList(nn.RMSNorm(n, norm_eps, elementwise_affine=norm_weight) for n in sizes)
         rates = torch.arange(1, states + 1, dtype=torch.float32)
         self.A_log = nn.Parameter(rates.log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
@@ -65,6 +72,18 @@ class Mamba(Mixer):
         self, x: torch.Tensor, cache: Cache | None = None, *, cu_seqlens: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Cache]:
         """The next T tokens, x [B, T, D]; packed sequences leave a cache with one row each."""
+        y, z, cache = self.scan(x, cache, cu_seqlens=cu_seqlens)
+        return self.out_proj(y * F.silu(z)), cache
+
+    def step(self, x: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, Cache]:
+        """The next token, x [B, D]."""
+        y, z, cache = self.scan_step(x, cache)
+        return self.out_proj(y * F.silu(z)), cache
+
+    def scan(
+        self, x: torch.Tensor, cache: Cache | None = None, *, cu_seqlens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Cache]:
+        """What the block knows before its gate: SSM(u) and z, [B, T, expand D] each, and the cache."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u, tail = self.conv.prefill(u, cache["tail"] if cache else None, cu_seqlens=cu_seqlens)
         y, state = mamba(
@@ -76,20 +95,24 @@ class Mamba(Mixer):
             cu_seqlens=cu_seqlens,
             impl=self.impl,
         )
-        return self.out_proj(y * F.silu(z)), {"state": state, "tail": tail}
+        return y, z, {"state": state, "tail": tail}
 
-    def step(self, x: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, Cache]:
-        """The next token, x [B, D]."""
+    def scan_step(
+        self, x: torch.Tensor, cache: Cache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Cache]:
+        """As `scan`, of one token, x [B, D]."""
         if not cache:
-            y, cache = self.prefill(x[:, None])
-            return y[:, 0], cache
+            y, z, cache = self.scan(x[:, None])
+            return y[:, 0], z[:, 0], cache
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u, tail = self.conv.step(u, cache["tail"])
         y, state = step(u, *self._select(u), D=self.D, state=cache["state"], impl=self.impl)
-        return self.out_proj(y * F.silu(z)), {"state": state, "tail": tail}
+        return y, z, {"state": state, "tail": tail}
 
     def _select(self, u):
         r, B, C = self.x_proj(u).split((self.rank, self.states, self.states), dim=-1)
+        if self.norms:
+            r, B, C = (norm(x) for norm, x in zip(self.norms, (r, B, C), strict=True))
         # a step is an exponent's factor: wide
         dt = F.softplus(self.dt_proj(r).to(torch.promote_types(u.dtype, torch.float32)))
         return dt, -self.A_log.exp(), B.to(u.dtype), C.to(u.dtype)

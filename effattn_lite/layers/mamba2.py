@@ -24,41 +24,57 @@ class Mamba2(Mixer):
         groups: H heads of B and C, a divisor of HV; also the groups of the norm.
         expand: width of x and z over D.
         taps: tokens that the convolution sees.
+        head_dim: V, channels of a head; default expand D / HV.
+        norm: "after" or "before" the gate, or None.
+        norm_eps: added to its mean square.
+        bias: of both projections.
+        conv_bias: of the convolution.
+        steps: smallest and largest :math:`\Delta`; a step beyond is cut.
+        scales: factors on z, x, B, C and dt as they leave the projection.
         impl: as in the op.
 
     Cost: 2 B T D (3 expand D + 2 H K + HV) FLOPs of projections, plus the convolution's and the op's.
     Cache: the state [N, HV, K, V], float32, and the convolution's tail; its size does not grow.
-    Source: Dao and Gu 2024, arXiv:2405.21060; order of the projection and first values as released with it.
+    Source: Dao and Gu 2024, arXiv:2405.21060; order of the projection and first values as released with it;
+    options after `taps` by the released code of models that use the block.
     """
 
     def __init__(
         self, width: int, heads: int, *, state: int = 128, groups: int = 1, expand: int = 2, taps: int = 4,
-        impl: str = "auto",
+        head_dim: int | None = None, norm: str | None = "after", norm_eps: float = 1e-5, bias: bool = False,
+        conv_bias: bool = True, steps: tuple[float, float] = (0.0, math.inf),
+        scales: tuple[float, float, float, float, float] | None = None, impl: str = "auto",
     ):  # fmt: skip
         super().__init__()
-        inner, shared = expand * width, groups * state
+        if norm not in ("after", "before", None):
+            raise ValueError(f"norm is {norm!r}, expected 'after', 'before' or None")
+        inner, shared = heads * head_dim if head_dim else expand * width, groups * state
         if inner % heads or heads % groups:
             raise ValueError(
                 f"heads is {heads}, expected a divisor of {inner} and a multiple of {groups} groups"
             )
-        self.heads, self.groups, self.impl = heads, groups, impl
+        self.heads, self.groups, self.steps, self.impl = heads, groups, steps, impl
         self.parts = (inner, inner + 2 * shared, heads)
         self.channels = (inner, shared, shared)
-        self.in_proj = nn.Linear(width, sum(self.parts), bias=False)
-        self.conv = ShortConvolution(inner + 2 * shared, taps, bias=True)
+        self.in_proj = nn.Linear(width, sum(self.parts), bias=bias)
+        sizes = (inner, *self.channels, heads)
+        factors = scales and torch.cat([torch.full((n,), x) for n, x in zip(sizes, scales, strict=True)])
+        self.register_buffer("factors", factors, persistent=False)
+        self.conv = ShortConvolution(inner + 2 * shared, taps, bias=conv_bias)
         # steps log-uniform between 0.001 and 0.1, decays uniform: half-lives from a token to a few hundred
-        steps = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))
+        dt = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))
-        self.norm = HeadNorm(groups, inner // groups)
-        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.normed = norm
+        self.norm = HeadNorm(groups, inner // groups, eps=norm_eps) if norm else None
+        self.out_proj = nn.Linear(inner, width, bias=bias)
 
     def prefill(
         self, x: torch.Tensor, cache: Cache | None = None, *, cu_seqlens: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Cache]:
         """The next T tokens, x [B, T, D]; packed sequences leave a cache with one row each."""
-        z, mixed, dt = self.in_proj(x).split(self.parts, dim=-1)
+        z, mixed, dt = self._project(x)
         mixed, tail = self.conv.prefill(mixed, cache["tail"] if cache else None, cu_seqlens=cu_seqlens)
         q, k, v, g, skip = self._discretise(mixed, dt)
         o, state = mamba2(
@@ -78,19 +94,28 @@ class Mamba2(Mixer):
         if not cache:
             y, cache = self.prefill(x[:, None])
             return y[:, 0], cache
-        z, mixed, dt = self.in_proj(x).split(self.parts, dim=-1)
+        z, mixed, dt = self._project(x)
         mixed, tail = self.conv.step(mixed, cache["tail"])
         q, k, v, g, skip = self._discretise(mixed, dt)
         o, state = step(q, k, v, g=g, state=cache["state"], impl=self.impl)
         return self._output(o + skip, z), {"state": state, "tail": tail}
 
+    def _project(self, x):
+        y = self.in_proj(x)
+        return (y if self.factors is None else y * self.factors).split(self.parts, dim=-1)
+
     def _discretise(self, mixed, dt):
         x, B, C = mixed.split(self.channels, dim=-1)
         x = split_heads(x, self.heads)
         dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)  # [..., HV]
+        dt = dt.clamp(*self.steps)
         v, skip = ((x * weight).to(x.dtype) for weight in (dt[..., None], self.D[:, None]))
         return split_heads(C, self.groups), split_heads(B, self.groups), v, -dt * self.A_log.exp(), skip
 
     def _output(self, y, z):
-        y = split_heads(F.silu(z) * y.flatten(-2), self.groups)
-        return self.out_proj(self.norm(y).flatten(-2))
+        y, gate = y.flatten(-2), F.silu(z)
+        if self.normed != "before":
+            y = gate * y
+        if self.norm is not None:
+            y = self.norm(split_heads(y, self.groups)).flatten(-2)
+        return self.out_proj(gate * y if self.normed == "before" else y)

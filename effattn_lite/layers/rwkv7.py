@@ -33,17 +33,20 @@ class RWKV7(Mixer):
         layer: index of this layer, from 0.
         layers: layers of the model; with `layer` it sets the first values.
         decay_rank, rate_rank, gate_rank: columns of each A; default about 2.5, 2.5 and 5 times sqrt(D).
+        value_rank: columns of one more A: later layers mix the first one's v into theirs,
+            :math:`v + \sigma(\pi + x^v A_v B_v) \odot (v_{\text{first}} - v)`; None for no such mixing.
         impl: as in the op.
 
     Cost: 4 B T D (2 D + decay_rank + rate_rank + gate_rank) FLOPs of projections, plus the op's.
     Cache: the state [N, H, K, V], float32, and the last token's x [N, D]; its size does not grow.
     Source: Peng et al. 2025, arXiv:2503.14456; equations and first values as in the authors' RWKV-v7 code.
-    Differs: no residual to the first layer's v; A and W_O do not begin at 0, so that a gradient reaches all.
+    Differs: A and W_O do not begin at 0, so that a gradient reaches all.
     """
 
     def __init__(
         self, width: int, heads: int, *, layer: int = 0, layers: int = 1, decay_rank: int | None = None,
-        rate_rank: int | None = None, gate_rank: int | None = None, impl: str = "auto",
+        rate_rank: int | None = None, gate_rank: int | None = None, value_rank: int | None = None,
+        impl: str = "auto",
     ):  # fmt: skip
         super().__init__()
         if width % heads:
@@ -54,6 +57,10 @@ class RWKV7(Mixer):
         self.decay = _LowRank(width, decay_rank or _rank(2.5, width), torch.tanh, bias=omega)
         self.rate = _LowRank(width, rate_rank or _rank(2.5, width), nn.Identity(), bias=nu)
         self.gate = _LowRank(width, gate_rank or _rank(5, width), torch.sigmoid)
+        self.first_values = None
+        if value_rank is not None and layer > 0:
+            pi = 0.73 - 0.4 * torch.arange(width) / max(width - 1, 1)
+            self.first_values = _LowRank(width, value_rank, nn.Identity(), bias=pi)
         self.xi = nn.Parameter(xi)
         self.alpha = nn.Parameter(torch.full((width,), 1.02))
         self.rho = nn.Parameter(torch.full((heads, width // heads), -0.04))
@@ -66,9 +73,17 @@ class RWKV7(Mixer):
         self.norm = HeadNorm(heads, width // heads, center=True, eps=64e-5)
 
     def prefill(
-        self, x: torch.Tensor, cache: Cache | None = None, *, cu_seqlens: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        cache: Cache | None = None,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        shared: dict | None = None,
     ) -> tuple[torch.Tensor, Cache]:
-        """The next T tokens, x [B, T, D]; packed sequences leave a cache with one row each."""
+        """The next T tokens, x [B, T, D]; packed sequences leave a cache with one row each.
+
+        `shared` holds what layers of one call tell each other: under "v" the first one's values.
+        """
         last = cache["x"] if cache else torch.zeros_like(x[:, 0])
         before = torch.cat((last[:, None], x[:, :-1]), dim=1)
         ends = x[:, -1]
@@ -78,25 +93,30 @@ class RWKV7(Mixer):
             starts = starts.index_fill(0, cu_seqlens.long(), True)[:-1]
             before = before.masked_fill(starts[:, None], 0)
             ends = x[0, cu_seqlens[1:] - 1] * (cu_seqlens.diff() > 0)[:, None]
-        tensors, gate = self._project(x, before)
+        tensors, gate = self._project(x, before, shared)
         o, state = rwkv7(
             **tensors, initial_state=cache["state"] if cache else None, output_final_state=True,
             cu_seqlens=cu_seqlens, impl=self.impl,
         )  # fmt: skip
         return self._output(o, tensors, gate), {"state": state, "x": ends}
 
-    def step(self, x: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, Cache]:
+    def step(
+        self, x: torch.Tensor, cache: Cache | None = None, *, shared: dict | None = None
+    ) -> tuple[torch.Tensor, Cache]:
         """The next token, x [B, D]."""
-        if not cache:
-            y, cache = self.prefill(x[:, None])
-            return y[:, 0], cache
-        tensors, gate = self._project(x, cache["x"])
+        cache = cache or self._nothing(x)
+        tensors, gate = self._project(x, cache["x"], shared)
         o, state = step(**tensors, state=cache["state"], impl=self.impl)
         return self._output(o, tensors, gate), {"state": state, "x": x}
 
-    def _project(self, x, before):
+    def _nothing(self, x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        state = torch.zeros(len(x), *self.rho.shape, self.rho.shape[1], dtype=wide, device=x.device)
+        return {"state": state, "x": torch.zeros_like(x)}
+
+    def _project(self, x, before, shared=None):
         r, w, k, v, a, g = (x[..., None, :] + self.mu * (before - x)[..., None, :]).unbind(-2)
-        r, k, v = self.r_proj(r), self.k_proj(k), self.v_proj(v)
+        r, k, v = self.r_proj(r), self.k_proj(k), self._values(v, shared)
         # a decay near 1 needs more digits than 16 bits have
         decay = -math.exp(-0.5) * self.decay(w).to(torch.promote_types(x.dtype, torch.float32)).sigmoid()
         eta = self.rate(a).sigmoid()
@@ -107,6 +127,14 @@ class RWKV7(Mixer):
         found = {name: split_heads(z, self.heads) for name, z in found.items()} | {"a": -kappa}
         # all but the decay in one dtype, whatever autocast made of them
         return {name: z if name == "g" else z.to(r.dtype) for name, z in found.items()}, self.gate(g)
+
+    def _values(self, x, shared):
+        v = self.v_proj(x)
+        if self.first_values is not None:
+            return v + self.first_values(x).sigmoid() * (shared["v"] - v)
+        if shared is not None:
+            shared["v"] = v
+        return v
 
     def _output(self, o, tensors, gate):
         q, k, v = (tensors[name] for name in "qkv")

@@ -59,6 +59,13 @@ class KVCache:
         return self._k.shape[1]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that it holds: keys and values, room for more, and what was made of pages and spans."""
+        made = [x for x, _, _ in self._summaries.values()]
+        made += [kept for kept, _ in self._spans.values()]
+        return self._k.nbytes + self._v.nbytes + sum(map(_bytes, made))
+
+    @property
     def positions(self) -> torch.Tensor:
         """Positions of all tokens, [T] int64; the next one's is T."""
         return torch.arange(self._length, device=self._k.device)
@@ -177,6 +184,12 @@ class KVCache:
         for name, x in (("k", k), ("v", v)):
             common.check_alike(name, x, self._k, like="the cache")
         return k, v
+
+
+def _bytes(made):
+    if isinstance(made, torch.Tensor):
+        return made.nbytes
+    return sum(map(_bytes, made.values() if isinstance(made, dict) else made)) if made is not None else 0
 
 
 def _grown(x, length, room):

@@ -17,7 +17,11 @@ CHAPTERS = (
         needs=("foundations/attention_cost",),
     ),
     Chapter("foundations/first_triton_kernel", "Your first Triton kernel", "2.5"),
-    Chapter("foundations/how_to_compare", "How to compare mixers", ""),
+    Chapter(
+        "foundations/how_to_compare",
+        "How to compare attention mechanisms",
+        needs=("foundations/three_forms",),
+    ),
     Chapter(
         "linear/kernel_view",
         "Attention as a kernel: one pair of parentheses",
@@ -132,7 +136,12 @@ CHAPTERS = (
     Chapter("sparse/bidirectional", "Sparse encoders", "3.4"),
     Chapter("models/uniform", "One mixer all the way down", "4.1"),
     Chapter("models/sparse_and_local_hybrids", "Sparse and local hybrids", "4.2"),
-    Chapter("models/linear_hybrids", "Linear hybrids", "4.2"),
+    Chapter(
+        "models/linear_hybrids",
+        "Linear hybrids: seven layers that forget, one that does not",
+        "4.2",
+        needs=("foundations/attention_cost", "linear/fixed_decay", "linear/state_space"),
+    ),
     Chapter("models/advanced_hybrids", "Advanced hybrids", "4.2"),
     Chapter("models/after_the_survey", "After the survey", "beyond"),
     Chapter("practice/train_a_hybrid", "Train a hybrid"),

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from effattn_lite import registry
-from effattn_lite.bench import record, roofline, suite, time_op
+from effattn_lite.bench import cached, record, roofline, suite, time_op
+from effattn_lite.bench.rows import row_of
 
 RESULTS = sorted((Path(__file__).parents[2] / "book" / "_results").glob("*.json"))
 TINY = {"copy_tb_s": 0.01, "product_tflop_s": 0.1}
@@ -20,13 +21,13 @@ def test_recorded_results_fit_the_schema(path):
     assert found["name"] == path.stem
 
 
-@pytest.mark.parametrize("name", registry.names("op"))
+@pytest.mark.parametrize("name", [*registry.names("op"), "block_sparse_attention"])
 def test_a_tiny_run(name, tmp_path):
     rows = suite.rows_of(
         name, device="cpu", dtype="float32", ceiling=TINY, lengths=[24], report=lambda row: None
     )
-    assert {"forward"} <= {row["pass"] for row in rows}
-    assert ("step" in {row["pass"] for row in rows}) == registry.find(name).stateful
+    assert {"decode" if name in cached.FEATURES else "forward"} <= {row["pass"] for row in rows}
+    assert ("step" in {row["pass"] for row in rows}) == row_of(name).stateful
     made = record.make(name, rows, device="cpu", ceilings=TINY, command="python -m effattn_lite bench")
     path = record.write(made, tmp_path)
     record.check(json.loads(path.read_text(encoding="utf-8")))
