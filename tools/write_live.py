@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "book" / "_static" / "live"
-HEAVY = "kernels ops layers models tasks bench train.py __main__.py".split()
+HEAVY = "kernels ops layers models tasks bench train.py keeper.py run.py __main__.py".split()
 SUFFIXES = (".py", ".js", ".css", ".json")
 LARGEST = 200_000
 
