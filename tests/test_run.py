@@ -110,10 +110,11 @@ def test_stopped_at_any_step_it_goes_on_with_the_same_bits(model, tmp_path, monk
     assert "step 5/5" in capsys.readouterr().err
 
 
-def test_killed_while_it_writes_a_checkpoint_it_keeps_the_one_before(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ("half written", "not yet in place"))
+def test_killed_while_it_writes_a_checkpoint_it_keeps_the_one_before(moment, tmp_path, monkeypatch):
     whole, cut = settings(tmp_path / "whole"), settings(tmp_path / "cut")
     run(whole)
-    write, calls = torch.save, itertools.count(1)
+    write, replace, calls = torch.save, os.replace, itertools.count(1)
 
     def half(what, file):
         write(what, file)
@@ -121,8 +122,16 @@ def test_killed_while_it_writes_a_checkpoint_it_keeps_the_one_before(tmp_path, m
             file.truncate(1000)
             raise Stopped
 
+    def late(part, path):
+        if Path(path).name == "checkpoint.pt" and next(calls) == 2:
+            raise Stopped
+        replace(part, path)
+
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(torch, "save", half)
+        if moment == "half written":
+            patch.setattr(torch, "save", half)
+        else:
+            patch.setattr(os, "replace", late)
         run(cut)
     assert len(held(cut.out)["losses"]) == 2 and len(log(cut.out)) == 4
     run(dataclasses.replace(cut, resume=True))
@@ -152,10 +161,12 @@ def test_a_killed_process_goes_on(tmp_path, book):
 
 
 def test_two_processes_are_one(tmp_path, book):
-    """Weights split by FSDP2 over two processes; one of the runs was begun in one process."""
-    whole = settings(tmp_path / "whole", model="gemma3", data=book)
-    run(whole)
-    new, begun = (dataclasses.replace(whole, out=str(tmp_path / name)) for name in ("new", "begun"))
+    """Weights split by FSDP2 over two processes; YOCO, whose layers share keys, began in one."""
+    first = settings(tmp_path / "first", model="gemma3", data=book)
+    second = settings(tmp_path / "second", model="yoco", data=book, recompute=True)
+    new, begun = (dataclasses.replace(x, out=f"{x.out}_in_two") for x in (first, second))
+    run(first)
+    run(second)
     save = Keeper.save
 
     def stop(self, state):
@@ -181,15 +192,13 @@ def test_two_processes_are_one(tmp_path, book):
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    want = log(whole.out)
-    for other in (new, begun):
-        assert [x["loss"] for x in log(other.out)] == pytest.approx(
-            [x["loss"] for x in want], rel=0, abs=1e-5
-        )
-        assert log(other.out, but=("seconds", "loss")) == log(whole.out, but=("seconds", "loss"))
-        a, b = held(other.out)["model"], held(whole.out)["model"]
-        assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
-    assert log(new.out) != want or not same(held(new.out), held(whole.out))  # it was summed in another order
+    for two, one in ((new, first), (begun, second)):
+        losses = ([line["loss"] for line in log(x.out)] for x in (two, one))
+        assert next(losses) == pytest.approx(next(losses), rel=0, abs=1e-5)
+        assert log(two.out, but=("seconds", "loss")) == log(one.out, but=("seconds", "loss"))
+        a, b = held(two.out)["model"], held(one.out)["model"]
+        # Adam divides a gradient by its size, and its last bits with it: a hundredth of a step
+        assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0, atol=1e-4) for name in a)
 
 
 @pytest.mark.parametrize("name", models.names())

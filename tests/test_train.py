@@ -43,7 +43,7 @@ def test_accumulated_batches_are_one_large_batch():
     whole = train(models[0], both, steps=3, lr=1e-3)["loss"]
     assert train(models[1], halves, steps=3, lr=1e-3, accumulate=2)["loss"] == pytest.approx(whole, rel=1e-6)
     for a, b in zip(*(m.parameters() for m in models), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # a tenth of a step of 1e-4 and more
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # a hundredth of a step
 
 
 @pytest.mark.parametrize("convolution", (0, 4))

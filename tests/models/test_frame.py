@@ -334,3 +334,11 @@ for name in models.names():
 print("torch" in sys.modules)"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_check_without_the_tests_compares_steps(monkeypatch, tmp_path, capsys):
+    from effattn_lite.__main__ import main
+
+    monkeypatch.setattr("effattn_lite.__main__.ROOT", tmp_path)
+    assert main(["check", "gemma3"]) == 0
+    assert "a step a token = all at once" in capsys.readouterr().out
