@@ -12,8 +12,8 @@ from effattn_lite.ops.engines.softmax_attention import check, merge
 class Graph(NamedTuple):
     """An index of the first n keys of a text.
 
-    `near` holds the neighbours of each key, [B, HKV, n, degree] int32, the nearest first, -1 for none; `count`
-    the queries that each key answers, [B, HKV, n] int32: searches start where it is largest.
+    `near` holds the neighbours of each key, [B, HKV, n, degree] int32, the nearest first, -1 for none;
+    `count` the queries that each key answers, [B, HKV, n] int32: searches start where it is largest.
     """
 
     near: torch.Tensor
