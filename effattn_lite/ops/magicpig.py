@@ -99,7 +99,8 @@ def draw_planes(tables: int, bits: int, K: int, *, seed: int = 0) -> torch.Tenso
     Cost: none beside the numbers themselves.
     Source: Charikar 2002, random hyperplanes; Chen et al. 2024, arXiv:2410.16179, with L = 150, bits = 10.
     """
-    return torch.randn(tables * bits, K, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(tables * bits, K, generator=generator, device="cpu")
 
 
 def probability(cosine: torch.Tensor, *, bits: int, tables: int) -> torch.Tensor:
