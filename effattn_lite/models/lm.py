@@ -168,7 +168,8 @@ class LanguageModel(nn.Module):
         A method of prefill ("minference", "flexprefill", "xattention", "spargeattn") reads prompts, which
         then go in at once; one of decoding ("quest", "double_sparsity", "resa", "clusterkv", "magicpig") new
         tokens; "streaming_llm" both. Layers with a window of their own or a state stay as they are. A cache
-        of one reading can go on with another. A step adds to `cache_bytes` what the method keeps of the keys.
+        of one reading can go on with another, with the tokens that it holds. A step adds to `cache_bytes`
+        what the method keeps of the keys, and room for more.
 
         Args:
             name: of the method; None is dense.

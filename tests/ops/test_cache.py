@@ -128,6 +128,16 @@ def test_spans_are_made_once():
     assert made(1, 4, 8, source=None) == [3, 4]
 
 
+def test_bytes_are_all_that_it_holds():
+    """Room for 32 tokens of 3 heads and 4 + 5 numbers, bounds of 4 pages of 8, and spans, 4 bytes each."""
+    cache = KVCache(*draw(30), capacity=32)
+    assert cache.nbytes == 2 * 32 * 3 * (4 + 5) * 4
+    cache.summary("bounds", 8, decode.bounds)
+    assert cache.nbytes == 2 * 32 * 3 * (4 + 5) * 4 + 2 * 4 * 3 * 8 * 4
+    cache.spans("means", (0, 10, 30), lambda keys: (keys.mean(1), keys[:, 0]))
+    assert cache.nbytes == 2 * 32 * 3 * (4 + 5) * 4 + 2 * 4 * 3 * 8 * 4 + 2 * 2 * 2 * 3 * 4 * 4
+
+
 def test_no_graph_is_kept():
     k, v = (x.requires_grad_() for x in draw(5))
     cache = KVCache(k, v)
