@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from effattn_lite.layers.common import ShortConvolution
+from effattn_lite.layers.common import ShortConvolution, first_steps
 
 
 def convolution(*, bias=False):
@@ -44,3 +44,9 @@ def test_short_convolution_keeps_packed_sequences_apart():
         alone, its_tail = conv.prefill(x[:1, start:end])
         torch.testing.assert_close(y[:, start:end], alone)
         torch.testing.assert_close(tail[n], its_tail[0])
+
+
+def test_first_steps_are_spread_over_two_decades():
+    steps = torch.nn.functional.softplus(first_steps(3000))
+    assert 0.00099 < steps.min() and steps.max() < 0.101
+    assert abs((steps < 0.01).float().mean() - 0.5) < 0.05

@@ -292,3 +292,8 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     """x over its length along the last axis; a vector much shorter than 1e-3 becomes shorter than 1."""
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     return (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
+
+
+def first_steps(n: int) -> torch.Tensor:
+    """First values c [n] of a step's bias: softplus(c) is log-uniform between 0.001 and 0.1."""
+    return (10 ** torch.empty(n).uniform_(-3, -1)).expm1().log()

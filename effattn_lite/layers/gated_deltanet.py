@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from effattn_lite.layers.common import DeltaMixer, HeadNorm, split_heads
+from effattn_lite.layers.common import DeltaMixer, HeadNorm, first_steps, split_heads
 from effattn_lite.ops.gated_deltanet import gated_deltanet, step
 
 
@@ -56,10 +56,8 @@ class GatedDeltaNet(DeltaMixer):
         self.beta_proj = nn.Linear(width, HV, bias=False)
         self.decay_proj = nn.Linear(width, HV, bias=False)
         self.gate_proj = nn.Linear(width, HV * V, bias=False)
-        # e^A is drawn from (0, 16), the step softplus(c) log-uniform from (0.001, 0.1)
         self.A_log = nn.Parameter(torch.empty(HV).uniform_(1e-4, 16).log())
-        step_size = torch.empty(HV).uniform_(-3, -1).mul(torch.log(torch.tensor(10.0))).exp()
-        self.step_bias = nn.Parameter(step_size.expm1().log())
+        self.step_bias = nn.Parameter(first_steps(HV))
         # one weight a channel, shared by the heads
         self.norm = HeadNorm(1, V, eps=norm_eps)
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from effattn_lite.layers.common import DeltaMixer, HeadNorm, split_heads
+from effattn_lite.layers.common import DeltaMixer, HeadNorm, first_steps, split_heads
 from effattn_lite.ops.kda import kda, step
 
 
@@ -56,7 +56,7 @@ class KDA(DeltaMixer):
         self.decay_proj = _low_rank(width, V, heads * K, bias=False)
         self.gate_proj = _low_rank(width, V, heads * V, bias=gate_bias)
         self.A_log = nn.Parameter(torch.empty(heads, 1).uniform_(1, 16).log())
-        self.step_bias = nn.Parameter(torch.zeros(heads, K))
+        self.step_bias = nn.Parameter(first_steps(heads * K).view(heads, K))
         # one weight a channel, shared by the heads
         self.norm = HeadNorm(1, V, eps=norm_eps)
 

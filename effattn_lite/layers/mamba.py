@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from effattn_lite.layers.common import Cache, Mixer, ShortConvolution
+from effattn_lite.layers.common import Cache, Mixer, ShortConvolution, first_steps
 from effattn_lite.ops.mamba import mamba, step
 
 
@@ -63,10 +63,8 @@ class Mamba(Mixer):
         self.A_log = nn.Parameter(rates.log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
-        dt = torch.empty(inner).uniform_(math.log(1e-3), math.log(0.1)).exp()
         with torch.no_grad():
-            # the inverse of softplus
-            self.dt_proj.bias.copy_(dt + (-torch.expm1(-dt)).log())
+            self.dt_proj.bias.copy_(first_steps(inner))
 
     def prefill(
         self, x: torch.Tensor, cache: Cache | None = None, *, cu_seqlens: torch.Tensor | None = None

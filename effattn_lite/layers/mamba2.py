@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from effattn_lite.layers.common import Cache, HeadNorm, Mixer, ShortConvolution, split_heads
+from effattn_lite.layers.common import Cache, HeadNorm, Mixer, ShortConvolution, first_steps, split_heads
 from effattn_lite.ops.mamba2 import mamba2, step
 
 
@@ -62,8 +62,7 @@ class Mamba2(Mixer):
         self.register_buffer("factors", factors, persistent=False)
         self.conv = ShortConvolution(inner + 2 * shared, taps, bias=conv_bias)
         # steps log-uniform between 0.001 and 0.1, decays uniform: half-lives from a token to a few hundred
-        dt = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.dt_bias = nn.Parameter(first_steps(heads))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.normed = norm
