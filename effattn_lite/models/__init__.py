@@ -13,7 +13,16 @@ from types import ModuleType
 
 from effattn_lite import registry
 
-__all__ = ["build", "from_folder", "from_transformers", "names", "presets", "recipe"]
+__all__ = [
+    "build",
+    "from_folder",
+    "from_transformers",
+    "load_gguf",
+    "load_tokenizer",
+    "names",
+    "presets",
+    "recipe",
+]
 
 PLAIN = "llama"
 """The decoder that all others are measured against; no method of the registry, but a recipe."""
