@@ -16,6 +16,7 @@ MODULES = {
     "FactBoard": "fact_board",
     "FeatureCloud": "feature_cloud",
     "ForgetGates": "forget_gates",
+    "HybridComposer": "hybrid_composer",
     "InnerModel": "inner_model",
     "KernelView": "kernel_view",
     "LaunchGrid": "launch_grid",
